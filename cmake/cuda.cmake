@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+# CUDA is compiled whenever nvcc exists; it never needs a GPU, a driver or a CUDA build of torch.
+set(FOMOE_HAVE_CUDA OFF)
+if(NOT FOMOE_CUDA STREQUAL "OFF")
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(CMAKE_CUDA_COMPILER)
+    set(CMAKE_CUDA_ARCHITECTURES OFF)  # every file names its own -gencode flags
+    enable_language(CUDA)
+    find_package(CUDAToolkit REQUIRED)
+    set(CMAKE_CUDA_STANDARD 20)
+    set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+    set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+    set(FOMOE_HAVE_CUDA ON)
+  elseif(FOMOE_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "fomoe: FOMOE_CUDA=ON, but no CUDA compiler (nvcc) was found. "
+                        "Put nvcc on PATH, or set FOMOE_CUDA=OFF for a CPU-only build.")
+  endif()
+endif()
+message(STATUS "fomoe: CUDA kernels ${FOMOE_HAVE_CUDA} (FOMOE_CUDA=${FOMOE_CUDA})")
+
+# sm_80 code and PTX for every card from Ampere on, and code for Hopper.
+set(FOMOE_CUDA_PORTABLE_FLAGS
+  "-gencode=arch=compute_80,code=[compute_80,sm_80]" "-gencode=arch=compute_90a,code=sm_90a")

@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every binding does before it calls a kernel: check arguments, name what is wrong, allocate.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "fomoe/dtype.h"
+#include "fomoe/routing.h"
+
+namespace fomoe::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+/// Throws the joined parts as one sentence when the condition is false. (STD_TORCH_CHECK would put
+/// the C++ function and line in front of it, which tells a user nothing.)
+template <typename... Parts>
+inline void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "(";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << ")";
+  return text.str();
+}
+
+inline const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default:
+      return "another dtype";
+  }
+}
+
+/// The kernel dtype of a floating point argument.
+inline DType float_dtype(const char* op, const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      check(false, "fomoe::", op, ": ", name, " must be float64, float32 or bfloat16, got ",
+            name_of(tensor.scalar_type()));
+      return DType::kFloat32;
+  }
+}
+
+inline void check_dtype(const char* op, const char* name, const Tensor& tensor,
+                        ScalarType expected) {
+  check(tensor.scalar_type() == expected, "fomoe::", op, ": ", name, " must be ", name_of(expected),
+        ", got ", name_of(tensor.scalar_type()));
+}
+
+/// The type of sums, weights and losses that go with activations of this type.
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+/// Checks sizes against `expected`, where -1 stands for any; `legend` is the shape in letters.
+inline void check_shape(const char* op, const char* name, const Tensor& tensor,
+                        std::initializer_list<int64_t> expected, const char* legend) {
+  bool matches = tensor.dim() == static_cast<int64_t>(expected.size());
+  int64_t axis = 0;
+  std::ostringstream sizes;
+  for (int64_t size : expected) {
+    sizes << (axis ? ", " : "") << (size < 0 ? std::string("any") : std::to_string(size));
+    matches = matches && (size < 0 || tensor.size(axis) == size);
+    ++axis;
+  }
+  check(matches, "fomoe::", op, ": ", name, " must have shape ", legend, " = (", sizes.str(),
+        "), got ", shape_of(tensor));
+}
+
+/// The routing tensors of `route`, checked against each other. They are made contiguous into
+/// `holder`, which must outlive the result.
+struct RoutingTensors {
+  Tensor slot_to_row;
+  Tensor row_to_slot;
+  Tensor offsets;
+};
+
+inline Routing routing_of(const char* op, const Tensor& slot_to_row, const Tensor& row_to_slot,
+                          const Tensor& offsets, RoutingTensors& holder) {
+  check_dtype(op, "slot_to_row", slot_to_row, ScalarType::Int);
+  check_dtype(op, "row_to_slot", row_to_slot, ScalarType::Int);
+  check_dtype(op, "offsets", offsets, ScalarType::Int);
+  check_shape(op, "slot_to_row", slot_to_row, {-1, -1}, "(T, K)");
+  const int64_t num_tokens = slot_to_row.size(0), top_k = slot_to_row.size(1);
+  check_shape(op, "row_to_slot", row_to_slot, {num_tokens * top_k}, "(T*K,)");
+  check(offsets.dim() == 1 && offsets.size(0) >= 1, "fomoe::", op,
+        ": offsets must have shape (E_local + 1,), got ", shape_of(offsets));
+  holder = {torch::stable::contiguous(slot_to_row), torch::stable::contiguous(row_to_slot),
+            torch::stable::contiguous(offsets)};
+  return Routing{static_cast<const int32_t*>(holder.slot_to_row.const_data_ptr()),
+                 static_cast<const int32_t*>(holder.row_to_slot.const_data_ptr()),
+                 static_cast<const int32_t*>(holder.offsets.const_data_ptr()),
+                 num_tokens,
+                 top_k,
+                 offsets.size(0) - 1};
+}
+
+}  // namespace fomoe::binding

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this installation was built with and what it finds on this machine."""
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+from fomoe import _C
+
+
+def build_info() -> dict[str, str]:
+    """Facts about the binary and the machine, as printable text by name."""
+    if _C.compiled_with_cuda():
+        cuda = f"compiled with CUDA {_C.cuda_version}, {_C.cuda_device_count()} devices usable"
+    else:
+        cuda = "not compiled (no nvcc at build time, or FOMOE_CUDA=OFF)"
+    return {
+        "fomoe": version("fomoe"),
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (built against {_C.torch_version}, stable ABI 2.11)",
+        "compiler": _C.compiler,
+        "CPU kernels": f"{_C.cpu_capability()}, OpenMP {'on' if _C.openmp else 'off'}, "
+        f"{torch.get_num_threads()} threads",
+        "CUDA kernels": cuda,
+        "ops": ", ".join(_registered_ops()),
+    }
+
+
+def show_build() -> None:
+    """Print :func:`build_info`, one fact a line."""
+    for name, fact in build_info().items():
+        print(f"{name:<13} {fact}")
+
+
+def _registered_ops() -> list[str]:
+    names = {
+        name.removeprefix("fomoe::").split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fomoe::")
+    }
+    return sorted(names)
