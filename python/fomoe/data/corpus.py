@@ -23,7 +23,6 @@ from fomoe.errors import UserError
 __all__ = ["TEXT_SUFFIXES", "Corpus", "Domain", "load_corpus"]
 
 TEXT_SUFFIXES = frozenset(
-    # fmt: off
     [
         ".c",
         ".cc",
@@ -43,7 +42,6 @@ TEXT_SUFFIXES = frozenset(
         ".ts",
         ".txt",
     ]
-    # fmt: on
 )
 """Files a folder contributes; a file that is named itself is read whatever its suffix."""
 
@@ -147,8 +145,12 @@ def load_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 0) -> Corp
 
 def _read_path(path: Path, max_bytes: int) -> bytes:
     """The joined text of one file or folder; reading stops once `max_bytes` are there."""
-    if not path.exists():
-        raise UserError(f"data.paths: {path} does not exist")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise UserError(f"data.paths: {path} does not exist") from None
+    except OSError as error:
+        raise UserError(f"data.paths: cannot read {path}: {error.strerror}") from None
     files = list(_text_files(path)) if path.is_dir() else [path]
     if not files:
         suffixes = " ".join(sorted(TEXT_SUFFIXES))

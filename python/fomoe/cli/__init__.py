@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `fomoe`. One file per command; each imports what it runs only when it runs."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from fomoe.cli.build_info import build_info
+from fomoe.cli.demo import demo
+from fomoe.cli.export import export
+from fomoe.cli.report import report
+from fomoe.cli.train import train
+from fomoe.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="fomoe",
+    help="Train Mixture-of-Experts models across sites that share no fast network.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(export)
+app.command()(report)
+app.command()(demo)
+app.command(name="build-info")(build_info)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the entry point of the `fomoe` script.
+
+    Args:
+        arguments: what follows the program's name, None for sys.argv[1:].
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C. An error
+        of the program itself is raised.
+    """
+    try:
+        app(args=arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as exit_:  # the parser always ends with one
+        return exit_.code if isinstance(exit_.code, int) else 0
+    return 0

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fomoe train`: train across sites as a configuration file says."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fomoe.federation.config import load_config
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="TOML file with the settings.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]...",
+            help="Settings that win over the file, for example federation.local_steps=20.",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Run folder whose checkpoint to continue from.")
+    ] = None,
+) -> None:
+    """Train one model across sites as CONFIG says."""
+    settings = load_config(config, overrides or [])
+    from fomoe.federation.launch import train as run
+
+    run(settings, resume=resume)
