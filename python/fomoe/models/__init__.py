@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Language models built from :class:`fomoe.nn.MoE`, and named shapes of them."""
+
+from fomoe.models.configurations import CONFIGURATIONS, configuration
+from fomoe.models.decoder import Decoder, DecoderConfig
+from fomoe.models.parameter_count import ParameterCount, parameter_count
+
+__all__ = [
+    "CONFIGURATIONS",
+    "Decoder",
+    "DecoderConfig",
+    "ParameterCount",
+    "configuration",
+    "parameter_count",
+]

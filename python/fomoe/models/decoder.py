@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder-only language model with a Mixture-of-Experts layer in every block.
+
+B batch, S sequence, V vocabulary, D model width.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe.models.attention import Attention, Rotation, rotation
+from fomoe.models.normalization import RMSNorm
+from fomoe.nn import MoE, MoEConfig
+from fomoe.nn.validation import (
+    require_booleans,
+    require_choice,
+    require_numbers,
+    require_positive_integers,
+)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class DecoderConfig:
+    """Shape of a model; raises ValueError naming the field that does not fit.
+
+    The FoMoE paper's model (arXiv 2606.19025) is ``norm="peri", score="sigmoid",
+    activation="silu"`` with tied embeddings.
+    """
+
+    vocab_size: int
+    dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int  # divides num_heads
+    head_dim: int  # even
+    expert_dim: int
+    num_experts: int
+    top_k: int
+    activation: Literal["swiglu", "silu"] = "swiglu"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    norm: Literal["pre", "peri"] = "pre"  # peri also normalises each block's output
+    residual_scale: float = 1.0  # factor on what each block adds to the residual stream
+    tie_embeddings: bool = True
+    rope_theta: float = 10000.0
+    norm_epsilon: float = 1e-6
+    balance_loss_coefficient: float = 1e-2
+    z_loss_coefficient: float = 1e-3
+
+    def __post_init__(self) -> None:
+        counts = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        require_positive_integers(self, counts)
+        require_choice(self, "norm", ("pre", "peri"))
+        require_booleans(self, ("tie_embeddings",))
+        require_numbers(self, ("residual_scale", "rope_theta", "norm_epsilon"), above=0)
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ValueError(
+                f"num_kv_heads: expected a divisor of num_heads = {self.num_heads}, "
+                f"got {self.num_kv_heads}"
+            )
+        if self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim: expected an even number, got {self.head_dim}")
+        self.moe()
+
+    def moe(self) -> MoEConfig:
+        """The configuration of each block's Mixture-of-Experts layer."""
+        return MoEConfig(
+            dim=self.dim,
+            expert_dim=self.expert_dim,
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            activation=self.activation,
+            score=self.score,
+            renormalize=self.renormalize,
+            scale=self.scale,
+            balance_loss_coefficient=self.balance_loss_coefficient,
+            z_loss_coefficient=self.z_loss_coefficient,
+        )
+
+
+class DecoderLayer(nn.Module):
+    """x + s * attention(norm(x)), then x + s * moe(norm(x)); peri normalises what is added, too."""
+
+    def __init__(self, config: DecoderConfig, resident_experts: Sequence[int] | None) -> None:
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.attention_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.attention = Attention(
+            config.dim, config.num_heads, config.num_kv_heads, config.head_dim
+        )
+        self.attention_output_norm = _peri_norm(config)
+        self.moe_norm = RMSNorm(config.dim, config.norm_epsilon)
+        self.moe = MoE(config.moe(), resident_experts)
+        self.moe_output_norm = _peri_norm(config)
+
+    def forward(self, x_BSD: Tensor, positions: Rotation) -> Tensor:
+        added = self.attention(self.attention_norm(x_BSD), positions)
+        x_BSD = x_BSD + self.residual_scale * self.attention_output_norm(added)
+        added = self.moe(self.moe_norm(x_BSD))
+        x_BSD = x_BSD + self.residual_scale * self.moe_output_norm(added)
+        return x_BSD
+
+
+class Decoder(nn.Module):
+    """Tokens to next-token logits, without biases. Peri-LN is FoMoE's (arXiv 2606.19025).
+
+    Weights are random after construction; :func:`fomoe.nn.initialize` sets them from a seed.
+
+    Parameters
+    ----------
+    config : DecoderConfig
+    resident_experts : Sequence[Sequence[int]], optional
+        Ascending global ids of the experts held here, for each layer; all of them by default.
+
+    Raises
+    ------
+    ValueError
+        If ``resident_experts`` has not one entry per layer, or one does not fit.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, resident_experts: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
+        self.embedding_norm = _peri_norm(config)
+        self.layers = nn.ModuleList(_build_layers(config, resident_experts))
+        self.norm = RMSNorm(config.dim, config.norm_epsilon)
+        if not config.tie_embeddings:
+            self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Logits of the token that follows each position.
+
+        Parameters
+        ----------
+        tokens_BS : Tensor, (B, S), int64
+            Token ids in [0, V).
+
+        Returns
+        -------
+        Tensor, (B, S, V), dtype of the weights, or the autocast dtype
+
+        Raises
+        ------
+        ValueError
+            If the tokens are not two-dimensional int64.
+        """
+        if tokens_BS.dim() != 2 or tokens_BS.dtype != torch.int64:
+            raise ValueError(
+                "Decoder: expected tokens of shape (B, S) and dtype torch.int64, got "
+                f"{tuple(tokens_BS.shape)} and {tokens_BS.dtype}"
+            )
+        x_BSD: Tensor = self.embedding_norm(self.embedding(tokens_BS))
+        positions = rotation(
+            tokens_BS.shape[1],
+            self.config.head_dim,
+            self.config.rope_theta,
+            dtype=torch.promote_types(x_BSD.dtype, torch.float32),
+            device=x_BSD.device,
+        )
+        for layer in self.layers:
+            x_BSD = layer(x_BSD, positions)
+        unembedding = self.embedding if self.config.tie_embeddings else self.unembedding
+        return F.linear(self.norm(x_BSD), unembedding.weight)
+
+
+def _peri_norm(config: DecoderConfig) -> nn.Module:
+    if config.norm == "peri":
+        return RMSNorm(config.dim, config.norm_epsilon)
+    return nn.Identity()
+
+
+def _build_layers(
+    config: DecoderConfig, resident_experts: Sequence[Sequence[int]] | None
+) -> Iterator[DecoderLayer]:
+    if resident_experts is not None and len(resident_experts) != config.num_layers:
+        raise ValueError(
+            f"resident_experts: expected one sequence of ids for each of {config.num_layers} "
+            f"layers, got {len(resident_experts)}"
+        )
+    for index in range(config.num_layers):
+        try:
+            yield DecoderLayer(
+                config, None if resident_experts is None else resident_experts[index]
+            )
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many parameters a model has, without building it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fomoe.models.decoder import DecoderConfig
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class ParameterCount:
+    """Parameters by part; a tied embedding counts once."""
+
+    embedding: int  # with the unembedding, if it is not tied
+    attention: int
+    router: int
+    experts: int
+    norms: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.attention + self.router + self.experts + self.norms
+
+
+def parameter_count(
+    config: DecoderConfig, resident_experts: Sequence[Sequence[int]] | None = None
+) -> ParameterCount:
+    """Count the parameters of ``Decoder(config, resident_experts)`` in closed form."""
+    num_residents = (
+        config.num_layers * config.num_experts
+        if resident_experts is None
+        else sum(len(ids) for ids in resident_experts)
+    )
+    num_matrices = 3 if config.activation == "swiglu" else 2
+    num_heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query, output; key, value
+    num_norms = 4 * config.num_layers + 2 if config.norm == "peri" else 2 * config.num_layers + 1
+    return ParameterCount(
+        embedding=(1 if config.tie_embeddings else 2) * config.vocab_size * config.dim,
+        attention=config.num_layers * num_heads * config.head_dim * config.dim,
+        router=config.num_layers * config.num_experts * config.dim,
+        experts=num_residents * num_matrices * config.expert_dim * config.dim,
+        norms=num_norms * config.dim,
+    )
