@@ -21,7 +21,7 @@ def test_a_tensor_is_drawn_by_the_documented_recipe():
     initialize(moe, seed=42)
     digest = hashlib.sha256(b"42:1.experts.5.w1").digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    expected = torch.randn(64, 64, generator=generator) / 8.0  # sqrt(64)
+    expected = torch.randn(64, 64, generator=generator) * (1 / 8)  # 1 / sqrt(64)
     assert torch.equal(moe[1].experts.w1[1], expected)
 
 

@@ -40,4 +40,4 @@ def _initial_value(shape: torch.Size, seed: int, name: str) -> Tensor:
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
+    return torch.randn(shape, generator=generator) * (1 / math.sqrt(shape[-1]))
