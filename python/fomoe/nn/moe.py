@@ -197,7 +197,8 @@ class MoE(nn.Module):
         )
         if not _in_backward():
             self._auxiliary_loss = loss
-            self.expert_counts += gate.counts
+            # Not +=, which sets the attribute: torch.compile could then not list the modules.
+            self.expert_counts.add_(gate.counts)
 
     @property
     def auxiliary_loss(self) -> Tensor:

@@ -34,5 +34,5 @@ def router_statistics(counts: Sequence[int], resident: Collection[int]) -> Route
         load=load,
         load_entropy=entropy / math.log(num_experts) if num_experts > 1 else 1.0,
         load_variation=math.sqrt(variance) * num_experts,
-        ghost_share=1 - sum(counts[expert] for expert in resident) / total,
+        ghost_share=(total - sum(counts[expert] for expert in resident)) / total,
     )
