@@ -247,7 +247,8 @@ def _in_backward() -> bool:
     """Whether activation checkpointing is running a forward again.
 
     Its tokens were counted before, and its loss would keep the layer's recomputed activations
-    alive. A compiled forward never runs again in this way.
+    alive. A compiled layer cannot ask: there a checkpoint from outside counts every token twice,
+    which changes no share.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
