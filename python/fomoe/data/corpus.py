@@ -10,7 +10,7 @@ concatenations of their blocks.
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,7 +129,7 @@ def load_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 0) -> Corp
     if paths:
         domains = [Domain(str(path), _read_path(Path(path), max_bytes)) for path in paths]
     else:
-        code = b"\n".join(_standard_library_sources())
+        code = _join(_standard_library_sources(), max_bytes)
         domains = [Domain("prose", _python_topics()), Domain("code", code)]
     if max_bytes:
         shares = _fair_shares([len(domain.data) for domain in domains], max_bytes)
@@ -144,7 +144,7 @@ def load_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 0) -> Corp
 
 
 def _read_path(path: Path, max_bytes: int) -> bytes:
-    """The joined text of one file or folder; reading stops once `max_bytes` are there."""
+    """The joined text of one file or folder, or at least its first `max_bytes` if not 0."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -155,17 +155,22 @@ def _read_path(path: Path, max_bytes: int) -> bytes:
     if not files:
         suffixes = " ".join(sorted(TEXT_SUFFIXES))
         raise UserError(f"data.paths: folder {path} holds no text file (one of {suffixes})")
-    texts: list[bytes] = []
+    text = _join(map(_read_file, files), max_bytes)
+    if not text.strip(b"\n"):
+        raise UserError(f"data.paths: {path} is empty: expected UTF-8 text, got {len(text)} bytes")
+    return text
+
+
+def _join(texts: Iterable[bytes], max_bytes: int) -> bytes:
+    """The texts with one newline between them; those past `max_bytes` are not even read."""
+    chosen: list[bytes] = []
     size = 0
-    for file in files:
-        text = _read_file(file)
-        texts.append(text)
+    for text in texts:
+        chosen.append(text)
         size += len(text)
         if max_bytes and size >= max_bytes:
             break
-    if size == 0:
-        raise UserError(f"data.paths: {path} is empty: expected UTF-8 text, got 0 bytes")
-    return b"\n".join(texts)
+    return b"\n".join(chosen)
 
 
 def _text_files(folder: Path) -> Iterator[Path]:
