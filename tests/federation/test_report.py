@@ -55,7 +55,8 @@ def make_run(folder: Path, strategy: str, overlap: int = SITES, **changes: Any) 
         ]
     held = SHARED + EXPERT * overlap // SITES
     memory = {"parameters": 4 * held, "gradients": 4 * held, "optimizer": 8 * held}
-    memory |= {} if strategy == "ddp" else {"outer": 4 * held, "exchange": 2 * held}
+    memory["exchange_buffers"] = 4 * held
+    memory |= {} if strategy == "ddp" else {"round_start": 4 * held, "outer_momentum": held}
     summary = {
         "strategy": strategy,
         "sites": SITES,

@@ -68,7 +68,7 @@ def _figures(runs: Sequence[Run], window: int) -> list[Plot]:
     return [
         Plot(
             title="Loss against steps",
-            caption=f"Bold: training loss, mean over sites and the last {window} steps. "
+            caption=f"Bold: training loss, mean over sites, running mean of length {window}. "
             "Dots: validation loss of the assembled model, no expert skipped.",
             svg=to_svg(_loss_by_step(runs, window), "loss-steps"),
         ),
@@ -211,7 +211,7 @@ def _routing(run: Run, lowest: float, highest: float) -> Figure:
             axes.plot(rounds, values, color=color, label=name, marker="o", markersize=2.5)
     entropy.set(title="load entropy (1 = even)", ylim=(lowest - 0.1 * (1 - lowest), 1.0))
     variation.set(title="load variation, std / mean (0 = even)", ylim=(0, 1.05 * highest or 1))
-    entropy.legend(loc="lower right")
+    entropy.legend(loc="best")
     for axes in (entropy, variation):
         axes.set_xlabel("round")
         whole_numbers(axes.xaxis)
@@ -261,8 +261,9 @@ def _run_ticks(axes: Axes, runs: Sequence[Run]) -> None:
 
 def _class_legend(figure: Figure, colors: dict[str, str]) -> None:
     patches = [Patch(color=c, label=name.replace("_", " ")) for name, c in colors.items()]
+    columns = len(patches) if len(patches) <= 4 else 3
     if patches:
-        figure.legend(handles=patches, loc="outside upper left", ncols=min(5, len(patches)))
+        figure.legend(handles=patches, loc="outside upper left", ncols=columns)
 
 
 def _styles(runs: Sequence[Run]) -> list[str]:

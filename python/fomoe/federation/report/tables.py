@@ -37,7 +37,7 @@ def row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
         "peak_rss": human_bytes(run.peak_rss),
         "tokens_per_second": human_count(summary["tokens_per_second"]),
         "ghosts": ghosts if ideal == 0 else f"{ghosts} (even: {ideal:.0%})",
-        "seconds": f"{summary['seconds']:.0f} s",
+        "seconds": f"{summary['seconds']:.{0 if summary['seconds'] > 10 else 1}f} s",
     }
 
 
