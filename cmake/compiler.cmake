@@ -17,6 +17,8 @@ target_compile_options(fomoe_flags INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>
   # One rounding per written operation: the result does not depend on the instruction set.
   $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>
+  # Nobody reads errno or floating point traps; with them, loops with a condition stay scalar.
+  $<$<COMPILE_LANGUAGE:CXX>:-fno-math-errno;-fno-trapping-math>
   $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic>)
 if(FOMOE_SANITIZE)
   target_compile_options(fomoe_flags INTERFACE

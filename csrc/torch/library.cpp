@@ -3,5 +3,35 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fomoe, m) {
+  m.def(
+      "topk_gate(Tensor logits, int top_k, str score, bool renormalize, float scale) "
+      "-> (Tensor ids, Tensor weights, Tensor counts, Tensor prob_sum, Tensor z_sum)");
+  m.def(
+      "topk_gate_backward(Tensor? grad_weights, Tensor? grad_prob_sum, Tensor? grad_z_sum, "
+      "Tensor logits, Tensor ids, str score, bool renormalize, float scale) -> Tensor");
+
+  m.def(
+      "route(Tensor ids, Tensor expert_map, int num_local_experts) "
+      "-> (Tensor slot_to_row, Tensor row_to_slot, Tensor offsets)");
+
   m.def("permute(Tensor x, Tensor slot_to_row, Tensor row_to_slot, Tensor offsets) -> Tensor");
+
+  m.def(
+      "combine(Tensor rows, Tensor? weights, Tensor slot_to_row, Tensor row_to_slot, "
+      "Tensor offsets) -> Tensor");
+  m.def(
+      "combine_backward(Tensor grad_y, Tensor rows, Tensor weights, Tensor slot_to_row, "
+      "Tensor row_to_slot, Tensor offsets) -> (Tensor d_rows, Tensor d_weights)");
+
+  m.def(
+      "grouped_gemm(Tensor rows, Tensor weight, Tensor offsets, bool transpose_weight) -> Tensor");
+  m.def("grouped_gemm_wgrad(Tensor left, Tensor right, Tensor offsets) -> Tensor");
+
+  m.def(
+      "expert_mlp(Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor slot_to_row, "
+      "Tensor row_to_slot, Tensor offsets, str activation) -> (Tensor y, Tensor pre_activation)");
+  m.def(
+      "expert_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor w1, Tensor w2, "
+      "Tensor pre_activation, Tensor slot_to_row, Tensor row_to_slot, Tensor offsets, "
+      "str activation) -> (Tensor d_x, Tensor d_weights, Tensor d_w1, Tensor d_w2)");
 }

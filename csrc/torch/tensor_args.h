@@ -13,6 +13,7 @@
 #include <string>
 
 #include "fomoe/dtype.h"
+#include "fomoe/gemm.h"
 #include "fomoe/routing.h"
 
 namespace fomoe::binding {
@@ -99,6 +100,21 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor,
         "), got ", shape_of(tensor));
 }
 
+/// Values of a dense CPU tensor.
+template <typename T>
+inline const T* values_of(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+inline T* values_of(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+/// Memory for a kernel; freed with the tensor.
+inline Tensor workspace_like(const Tensor& tensor, int64_t bytes) {
+  return torch::stable::new_empty(tensor, {bytes}, ScalarType::Byte);
+}
+
 /// The routing tensors of `route`, checked against each other. They are made contiguous into
 /// `holder`, which must outlive the result.
 struct RoutingTensors {
@@ -119,12 +135,35 @@ inline Routing routing_of(const char* op, const Tensor& slot_to_row, const Tenso
         ": offsets must have shape (E_local + 1,), got ", shape_of(offsets));
   holder = {torch::stable::contiguous(slot_to_row), torch::stable::contiguous(row_to_slot),
             torch::stable::contiguous(offsets)};
-  return Routing{static_cast<const int32_t*>(holder.slot_to_row.const_data_ptr()),
-                 static_cast<const int32_t*>(holder.row_to_slot.const_data_ptr()),
-                 static_cast<const int32_t*>(holder.offsets.const_data_ptr()),
-                 num_tokens,
-                 top_k,
-                 offsets.size(0) - 1};
+  const Routing routing = {values_of<int32_t>(holder.slot_to_row),
+                           values_of<int32_t>(holder.row_to_slot),
+                           values_of<int32_t>(holder.offsets),
+                           num_tokens,
+                           top_k,
+                           offsets.size(0) - 1};
+  const char* defect = cpu::defect_of(routing);
+  check(!defect, "fomoe::", op, ": ", defect ? defect : "", "; use the result of fomoe::route");
+  return routing;
+}
+
+/// One matrix per expert. A tensor without a dense axis among the last two is copied into `holder`,
+/// which must outlive the result.
+inline ExpertMatrices expert_matrices_of(const char* op, const char* name, const Tensor& tensor,
+                                         Tensor& holder) {
+  check(tensor.dim() == 3, "fomoe::", op, ": ", name, " must have 3 axes, got shape ",
+        shape_of(tensor));
+  const int64_t rows = tensor.size(1), cols = tensor.size(2);
+  const bool has_dense_rows = tensor.stride(2) == 1 && tensor.stride(1) >= cols;
+  const bool has_dense_cols = tensor.stride(1) == 1 && tensor.stride(2) >= rows;
+  holder = has_dense_rows || has_dense_cols ? tensor : torch::stable::contiguous(tensor);
+  return {float_dtype(op, name, tensor),
+          holder.const_data_ptr(),
+          tensor.size(0),
+          rows,
+          cols,
+          holder.stride(0),
+          holder.stride(1),
+          holder.stride(2)};
 }
 
 }  // namespace fomoe::binding

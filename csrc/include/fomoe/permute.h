@@ -14,6 +14,10 @@ namespace fomoe {
 namespace cpu {
 /// x [T, width], rows [R, width], both dense, of type dtype. Reads row_to_slot only.
 void permute(DType dtype, const void* x, const Routing& routing, int64_t width, void* rows);
+
+/// The same for `count` rows from row `first` on; rows [count, width].
+void permute_range(DType dtype, const void* x, const Routing& routing, int64_t width, int64_t first,
+                   int64_t count, void* rows);
 }  // namespace cpu
 
 namespace reference {

@@ -16,6 +16,19 @@ struct Routing {
   int64_t num_local_experts;  // E_local
 
   int64_t num_rows() const { return num_tokens * top_k; }
+  int64_t num_executed_rows() const { return offsets[num_local_experts]; }
 };
+
+namespace cpu {
+/// Index of the first value outside [low, end), or -1.
+int64_t first_outside(const int32_t* values, int64_t count, int64_t low, int64_t end);
+
+/// What makes the tensors impossible as a result of `route`, as half a sentence, or nullptr. Looks
+/// for what would lead a kernel outside its arrays, not at whether the two maps are inverse.
+const char* defect_of(const Routing& routing);
+
+/// The same for offsets alone, where num_rows rows exist.
+const char* defect_of_offsets(const int32_t* offsets, int64_t num_local_experts, int64_t num_rows);
+}  // namespace cpu
 
 }  // namespace fomoe

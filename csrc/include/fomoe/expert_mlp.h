@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+// expert_mlp: gather, first product, activation, second product and combine, expert by expert.
+//
+//   pre[r] = x[token of r] w1[e]^T      hidden[r] = act(pre[r])      y[t] = sum_k w * hidden
+//   w2[e]^T swiglu: act = silu(gate) * up, gate = first F columns of pre, up = last F silu:   act =
+//   silu(pre)
+//
+// The backward needs x and pre only. With d_hidden[r] = grad_y[t] w2[e] (without the weight),
+// d_weights[slot] = <d_hidden[r], hidden[r]>, so that no expert output is saved. Gathered rows and
+// hidden rows live in a workspace of one expert.
+#pragma once
+
+#include "fomoe/gemm.h"
+#include "fomoe/routing.h"
+
+namespace fomoe {
+
+enum class Activation : int32_t { kSwiglu, kSilu };
+
+struct ExpertMlp {
+  Activation activation;
+  ExpertMatrices w1;  // [E_local, P, D]: P = 2F for swiglu (gate rows, then up rows), F for silu
+  ExpertMatrices w2;  // [E_local, D, F]
+  Routing routing;
+
+  DType dtype() const { return w1.dtype; }
+  int64_t dim() const { return w2.rows; }         // D
+  int64_t expert_dim() const { return w2.cols; }  // F
+  int64_t pre_dim() const { return w1.rows; }     // P
+};
+
+/// Where the backward writes, dense.
+struct ExpertMlpGradient {
+  void* x;        // [T, D]
+  void* weights;  // [T, K], accumulation type
+  void* w1;       // [E_local, P, D]
+  void* w2;       // [E_local, D, F]
+};
+
+namespace cpu {
+/// Reads the offsets: only rows that are executed take room. D and F are positive.
+int64_t expert_mlp_workspace_bytes(const ExpertMlp& mlp);
+int64_t expert_mlp_backward_workspace_bytes(const ExpertMlp& mlp);
+
+/// x [T, D], y [T, D], pre [R, P] (zero past the last executed row), dense, of type mlp.dtype();
+/// weights [T, K] of its accumulation type.
+void expert_mlp(const ExpertMlp& mlp, const void* x, const void* weights, const Gemm& gemm, void* y,
+                void* pre, void* workspace);
+void expert_mlp_backward(const ExpertMlp& mlp, const void* grad_y, const void* x,
+                         const void* weights, const void* pre, const Gemm& gemm,
+                         const ExpertMlpGradient& gradient, void* workspace);
+
+/// hidden[r, :] = act(pre[r, :]) for dense rows of type dtype.
+void activate(DType dtype, Activation activation, const void* pre, int64_t num_rows,
+              int64_t expert_dim, void* hidden);
+}  // namespace cpu
+
+namespace reference {
+/// Every array is double, mlp's weights too.
+void expert_mlp(const ExpertMlp& mlp, const double* x, const double* weights, double* y,
+                double* pre);
+void expert_mlp_backward(const ExpertMlp& mlp, const double* grad_y, const double* x,
+                         const double* weights, const ExpertMlpGradient& gradient);
+}  // namespace reference
+
+}  // namespace fomoe

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "fomoe/expert_mlp.h"
+
+#include <tuple>
+
+#include "aten_gemm.h"
+#include "tensor_args.h"
+
+namespace fomoe::binding {
+namespace {
+
+/// The arguments that the forward and the backward share, checked and dense.
+struct ExpertMlpArgs {
+  ExpertMlpArgs(const char* op, const Tensor& x, const Tensor& weights, const Tensor& w1,
+                const Tensor& w2, const Tensor& slot_to_row, const Tensor& row_to_slot,
+                const Tensor& offsets, const std::string& activation) {
+    check(activation == "swiglu" || activation == "silu", "fomoe::", op,
+          ": activation must be 'swiglu' or 'silu', got '", activation, "'");
+    float_dtype(op, "x", x);
+    check_dtype(op, "weights", weights, accumulate_type(x.scalar_type()));
+    check_dtype(op, "w1", w1, x.scalar_type());
+    check_dtype(op, "w2", w2, x.scalar_type());
+    const bool is_gated = activation == "swiglu";
+    mlp.activation = is_gated ? Activation::kSwiglu : Activation::kSilu;
+    mlp.routing = routing_of(op, slot_to_row, row_to_slot, offsets, routing_holder);
+    mlp.w1 = expert_matrices_of(op, "w1", w1, w1_holder);
+    mlp.w2 = expert_matrices_of(op, "w2", w2, w2_holder);
+
+    const int64_t num_experts = mlp.routing.num_local_experts;
+    check_shape(op, "x", x, {mlp.routing.num_tokens, -1}, "(T, D)");
+    check_shape(op, "weights", weights, {mlp.routing.num_tokens, mlp.routing.top_k}, "(T, K)");
+    check_shape(op, "w2", w2, {num_experts, x.size(1), -1}, "(E_local, D, F)");
+    check_shape(op, "w1", w1, {num_experts, mlp.expert_dim() * (is_gated ? 2 : 1), x.size(1)},
+                is_gated ? "(E_local, 2*F, D)" : "(E_local, F, D)");
+    check(mlp.dim() > 0 && mlp.expert_dim() > 0, "fomoe::", op,
+          ": D and F must be at least 1, got w2 of shape ", shape_of(w2));
+    dense_x = torch::stable::contiguous(x);
+    dense_weights = torch::stable::contiguous(weights);
+  }
+
+  ExpertMlp mlp;
+  Tensor dense_x, dense_weights;
+  RoutingTensors routing_holder;
+  Tensor w1_holder, w2_holder;
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> expert_mlp_cpu(const Tensor& x, const Tensor& weights, const Tensor& w1,
+                                          const Tensor& w2, const Tensor& slot_to_row,
+                                          const Tensor& row_to_slot, const Tensor& offsets,
+                                          std::string activation) {
+  const ExpertMlpArgs args("expert_mlp", x, weights, w1, w2, slot_to_row, row_to_slot, offsets,
+                           activation);
+  const ExpertMlp& mlp = args.mlp;
+  Tensor y = torch::stable::new_empty(x, {mlp.routing.num_tokens, mlp.dim()});
+  Tensor pre_activation = torch::stable::new_empty(x, {mlp.routing.num_rows(), mlp.pre_dim()});
+  Tensor workspace = workspace_like(x, cpu::expert_mlp_workspace_bytes(mlp));
+  cpu::expert_mlp(mlp, args.dense_x.const_data_ptr(), args.dense_weights.const_data_ptr(),
+                  aten_gemm(), y.mutable_data_ptr(), pre_activation.mutable_data_ptr(),
+                  workspace.mutable_data_ptr());
+  return {y, pre_activation};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
+    const Tensor& grad_y, const Tensor& x, const Tensor& weights, const Tensor& w1,
+    const Tensor& w2, const Tensor& pre_activation, const Tensor& slot_to_row,
+    const Tensor& row_to_slot, const Tensor& offsets, std::string activation) {
+  const char* op = "expert_mlp_backward";
+  const ExpertMlpArgs args(op, x, weights, w1, w2, slot_to_row, row_to_slot, offsets, activation);
+  const ExpertMlp& mlp = args.mlp;
+  check_dtype(op, "grad_y", grad_y, x.scalar_type());
+  check_shape(op, "grad_y", grad_y, {mlp.routing.num_tokens, mlp.dim()}, "(T, D)");
+  check_dtype(op, "pre_activation", pre_activation, x.scalar_type());
+  check_shape(op, "pre_activation", pre_activation, {mlp.routing.num_rows(), mlp.pre_dim()},
+              "(T*K, rows of w1)");
+  const Tensor dense_grad = torch::stable::contiguous(grad_y);
+  const Tensor dense_pre = torch::stable::contiguous(pre_activation);
+
+  using torch::stable::new_empty;
+  Tensor d_x = new_empty(x, {mlp.routing.num_tokens, mlp.dim()});
+  Tensor d_weights = new_empty(weights, {mlp.routing.num_tokens, mlp.routing.top_k});
+  Tensor d_w1 = new_empty(w1, {mlp.w1.num_experts, mlp.w1.rows, mlp.w1.cols});
+  Tensor d_w2 = new_empty(w2, {mlp.w2.num_experts, mlp.w2.rows, mlp.w2.cols});
+  Tensor workspace = workspace_like(x, cpu::expert_mlp_backward_workspace_bytes(mlp));
+  const ExpertMlpGradient gradient = {d_x.mutable_data_ptr(), d_weights.mutable_data_ptr(),
+                                      d_w1.mutable_data_ptr(), d_w2.mutable_data_ptr()};
+  cpu::expert_mlp_backward(mlp, dense_grad.const_data_ptr(), args.dense_x.const_data_ptr(),
+                           args.dense_weights.const_data_ptr(), dense_pre.const_data_ptr(),
+                           aten_gemm(), gradient, workspace.mutable_data_ptr());
+  return {d_x, d_weights, d_w1, d_w2};
+}
+
+}  // namespace fomoe::binding
+
+STABLE_TORCH_LIBRARY_IMPL(fomoe, CPU, m) {
+  m.impl("expert_mlp", TORCH_BOX(&fomoe::binding::expert_mlp_cpu));
+  m.impl("expert_mlp_backward", TORCH_BOX(&fomoe::binding::expert_mlp_backward_cpu));
+}
