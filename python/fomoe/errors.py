@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one exception type that stands for a mistake of the user, not of the program."""
+"""The exceptions the command line turns into one sentence."""
 
-__all__ = ["UserError"]
+__all__ = ["SiteFailed", "UserError"]
 
 
 class UserError(Exception):
@@ -9,4 +9,11 @@ class UserError(Exception):
 
     The message is one sentence that names the setting or file, what was expected and what came. The
     command line prints it without a traceback and exits with code 2.
+    """
+
+
+class SiteFailed(Exception):
+    """A site ended before its work did; all others have been stopped.
+
+    The message says which site and why. The command line prints it and exits with code 1.
     """

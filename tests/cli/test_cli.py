@@ -11,7 +11,7 @@ import pytest
 
 from fomoe import cli
 from fomoe.cli import main
-from fomoe.errors import UserError
+from fomoe.errors import SiteFailed, UserError
 from fomoe.federation.config import Config
 
 PACKAGE = Path(cli.__file__).parents[1]
@@ -90,6 +90,15 @@ def test_a_mistake_found_while_running_is_one_line_too(replace, capsys: pytest.C
     replace("fomoe.demo", run=run)
     assert main(["demo"]) == 2
     assert capsys.readouterr().err == "error: data.paths: nothing there\n"
+
+
+def test_a_site_that_fails_is_exit_code_1(replace, capsys: pytest.CaptureFixture[str]):
+    def run(**_: object) -> None:
+        raise SiteFailed("the process of site 1 died")
+
+    replace("fomoe.demo", run=run)
+    assert main(["demo"]) == 1
+    assert capsys.readouterr().err == "error: the process of site 1 died\n"
 
 
 def test_a_wrong_option_is_exit_code_2(capsys: pytest.CaptureFixture[str]):

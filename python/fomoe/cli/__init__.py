@@ -11,7 +11,7 @@ from fomoe.cli.demo import demo
 from fomoe.cli.export import export
 from fomoe.cli.report import report
 from fomoe.cli.train import train
-from fomoe.errors import UserError
+from fomoe.errors import SiteFailed, UserError
 
 __all__ = ["app", "main"]
 
@@ -32,18 +32,25 @@ app.command(name="build-info")(build_info)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the entry point of the `fomoe` script.
 
-    Args:
-        arguments: what follows the program's name, None for sys.argv[1:].
+    Parameters
+    ----------
+    arguments
+        What follows the program's name, None for sys.argv[1:].
 
-    Returns:
-        The exit code: 0, 2 for a user's mistake (one sentence on stderr), 130 for Ctrl-C. An error
-        of the program itself is raised.
+    Returns
+    -------
+    int
+        The exit code: 0, 2 for a user's mistake and 1 for a site that failed (one sentence on
+        stderr), 130 for Ctrl-C. An error of the program itself is raised.
     """
     try:
         app(args=arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SiteFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as exit_:  # the parser always ends with one

@@ -28,15 +28,21 @@ class SiteBatches:
     With `domain_per_site`, site m draws from domain m % num_domains, and the same rule holds inside
     that domain among its own sites.
 
-    Args:
-        corpus: the text, the same object or an equal one on every site.
-        site: 0-based, less than `num_sites`.
-        batch_size: B, sequences per step of this site.
-        sequence_length: S.
+    Parameters
+    ----------
+    corpus
+        The text, the same object or an equal one on every site.
+    site
+        0-based, less than `num_sites`.
+    batch_size
+        B, sequences per step of this site.
+    sequence_length
+        S.
 
-    Raises:
-        UserError: the training text is too short for one sequence, or there are more domains than
-        sites.
+    Raises
+    ------
+    UserError
+        The training text is too short for one sequence, or there are more domains than sites.
     """
 
     def __init__(

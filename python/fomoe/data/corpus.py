@@ -114,17 +114,22 @@ class Corpus:
 def load_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 0) -> Corpus:
     """Reads a corpus into memory.
 
-    Args:
-        paths: UTF-8 files and folders, one domain each, named after the path. A folder contributes
-            its files with a suffix in TEXT_SUFFIXES, recursively, in sorted order, hidden ones left
-            out. Files are joined by one newline. Without paths: the domains "prose" (the topics of
-            pydoc_data) and "code" (the standard library's sources without tests), which differ
-            between Python versions: compare `sha256`.
-        max_bytes: upper bound of the whole, 0 for none. Domains share it evenly, and what a short
-            one leaves goes to the others; the cut is at a character boundary.
+    Parameters
+    ----------
+    paths
+        UTF-8 files and folders, one domain each, named after the path. A folder contributes its
+        files with a suffix in TEXT_SUFFIXES, recursively, in sorted order, hidden ones left out.
+        Files are joined by one newline. Without paths: the domains "prose" (the topics of
+        pydoc_data) and "code" (the standard library's sources without tests), which differ between
+        Python versions: compare `sha256`.
+    max_bytes
+        Upper bound of the whole, 0 for none. Domains share it evenly, and what a short one leaves
+        goes to the others; the cut is at a character boundary.
 
-    Raises:
-        UserError: a path is missing, unreadable, not UTF-8 (with the byte offset) or holds no text.
+    Raises
+    ------
+    UserError
+        A path is missing, unreadable, not UTF-8 (with the byte offset) or holds no text.
     """
     if paths:
         domains = [Domain(str(path), _read_path(Path(path), max_bytes)) for path in paths]

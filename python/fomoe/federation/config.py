@@ -241,16 +241,20 @@ class Config(_Section):
     def from_dict(cls, settings: Mapping[str, Any], *, source: str = "settings") -> "Config":
         """Checks `settings` ({section: {key: value}}) and builds a Config.
 
-        Raises:
-            UserError: one sentence that starts with `source` and names the key.
+        Raises
+        ------
+        UserError
+            One sentence that starts with `source` and names the key.
         """
         return _validate(settings, source, {})
 
     def with_model(self, **fields: Any) -> "Config":
         """A copy with exactly `fields` as its model section, for what `model.name` stands for.
 
-        Raises:
-            UserError: the fields do not fit each other or the federation.
+        Raises
+        ------
+        UserError
+            The fields do not fit each other or the federation.
         """
         source = f"model.name = {self.model.name!r}" if self.model.name else "model"
         return _validate(self.to_dict() | {"model": fields}, source, {})
@@ -262,9 +266,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     An override's value is read as a TOML value (`8`, `0.5`, `true`, `["a.txt"]`); what is none is a
     string, so that words need no quotes.
 
-    Raises:
-        UserError: one sentence that names the file or override, the key, what was expected and what
-        came.
+    Raises
+    ------
+    UserError
+        One sentence that names the file or override, the key, what was expected and what came.
     """
     path = Path(path)
     try:

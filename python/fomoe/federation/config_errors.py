@@ -39,10 +39,14 @@ def describe(
 ) -> str:
     """One sentence on the first mistake: where it was written, key, expected, got.
 
-    Args:
-        schema: the model that was validated; its fields are the sections.
-        source: where settings come from, for example the file name.
-        origins: where single settings come from instead, by (section, key).
+    Parameters
+    ----------
+    schema
+        The model that was validated; its fields are the sections.
+    source
+        Where settings come from, for example the file name.
+    origins
+        Where single settings come from instead, by (section, key).
     """
     mistakes = error.errors(include_url=False)
     # A misspelt required key is also reported as missing; the spelling is the mistake.

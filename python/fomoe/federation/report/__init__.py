@@ -16,9 +16,11 @@ __all__ = ["Run", "read_runs", "render", "write_report"]
 def write_report(runs: Sequence[str | Path], output: str | Path) -> None:
     """Writes a report of the run folders `runs` to the HTML file `output`, whole or not at all.
 
-    Raises:
-        UserError: a run folder lacks a file or a value, `output` cannot be written, or matplotlib
-            or jinja2 is not installed.
+    Raises
+    ------
+    UserError
+        A run folder lacks a file or a value, `output` cannot be written, or matplotlib or jinja2 is
+        not installed.
     """
     page = render(read_runs([Path(run) for run in runs]))
     output = Path(output)

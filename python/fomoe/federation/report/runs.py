@@ -109,9 +109,11 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads finished runs, in the given order.
 
-    Raises:
-        UserError: none is given, or a file is missing, is no JSON or lacks a value; the file, line
-            and key are named.
+    Raises
+    ------
+    UserError
+        None is given, or a file is missing, is no JSON or lacks a value; the file, line and key are
+        named.
     """
     if not folders:
         raise UserError("a report needs at least one run folder, got none")
