@@ -5,6 +5,7 @@
 #include "fomoe/device.h"
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("commit") = FOMOE_COMMIT;
   m.attr("torch_version") = FOMOE_TORCH_VERSION;
   m.attr("compiler") = FOMOE_COMPILER;
   m.attr("cuda_version") = fomoe::cuda_compile_version();

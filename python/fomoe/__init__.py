@@ -11,9 +11,13 @@ import torch  # first: the op library finds torch's libraries already loaded
 if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11):
     raise ImportError(f"fomoe needs torch >= 2.11, but torch {torch.__version__} is installed")
 
-from fomoe import _C  # noqa: F401  importing it registers torch.ops.fomoe
-from fomoe import ops
+from fomoe import (
+    _C,  # noqa: F401  importing it registers torch.ops.fomoe
+    ops,
+    reference,
+)
 from fomoe._build import show_build
+from fomoe.nn import MoE, MoEConfig
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "ops", "show_build"]
+__all__ = ["MoE", "MoEConfig", "__version__", "ops", "reference", "show_build"]

@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 import torch
 
-from fomoe import _C
+import fomoe._C as _C
 
 
 def build_info() -> dict[str, str]:
@@ -16,7 +16,7 @@ def build_info() -> dict[str, str]:
     else:
         cuda = "not compiled (no nvcc at build time, or FOMOE_CUDA=OFF)"
     return {
-        "fomoe": version("fomoe"),
+        "fomoe": f"{version('fomoe')}, commit {_C.commit}",
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built against {_C.torch_version}, stable ABI 2.11)",
         "compiler": _C.compiler,

@@ -3,6 +3,7 @@
 
 from fomoe.models.configurations import CONFIGURATIONS, configuration
 from fomoe.models.decoder import Decoder, DecoderConfig
+from fomoe.models.files import load_model
 from fomoe.models.parameter_count import ParameterCount, parameter_count
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "DecoderConfig",
     "ParameterCount",
     "configuration",
+    "load_model",
     "parameter_count",
 ]

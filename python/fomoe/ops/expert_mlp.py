@@ -95,9 +95,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, weights, w1, w2, pre_activation, *routing)
 
 
-def _backward(
-    ctx: Any, grad_y: Tensor, grad_pre_activation: Tensor
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor, grad_pre_activation: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.fomoe.expert_mlp_backward(grad_y, *ctx.saved_tensors, ctx.activation)
     return *gradients, None, None, None, None
 

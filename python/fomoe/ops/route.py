@@ -35,9 +35,7 @@ def route(ids: Tensor, expert_map: Tensor, num_local_experts: int) -> Routing:
 
 
 @torch.library.register_fake("fomoe::route")
-def _fake(
-    ids: Tensor, expert_map: Tensor, num_local_experts: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(ids: Tensor, expert_map: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, top_k = ids.shape
     return (
         ids.new_empty(num_tokens, top_k),

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``fomoe demo``: ddp, diloco and fomoe from the same weights and data, side by side."""
+
+import json
+import shutil
+import time
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fomoe.demo.verdict import tensor_bytes_per_site, verdicts
+from fomoe.errors import UserError
+from fomoe.federation.config import Config, load_config
+from fomoe.federation.launch import train
+from fomoe.federation.progress import format_bytes
+
+__all__ = ["STRATEGIES", "run"]
+
+STRATEGIES = ("ddp", "diloco", "fomoe")
+
+
+def run(*, folder: Path, seed: int = 0) -> dict[str, Any]:
+    """Train the three strategies, print one table, write ``summary.json`` and ``report.html``.
+
+    An earlier demo in ``folder`` is replaced; any other folder is refused.
+    """
+    _clear(folder)
+    begin = time.perf_counter()
+    runs = {strategy: train(_config(strategy, folder / strategy, seed)) for strategy in STRATEGIES}
+    result: dict[str, Any] = {
+        "seed": seed,
+        "commit": runs["fomoe"]["commit"],
+        "corpus_sha256": runs["fomoe"]["corpus_sha256"],
+        "bigram_entropy": runs["fomoe"]["bigram_entropy"],
+        "seconds": time.perf_counter() - begin,
+        "verdicts": verdicts(runs),
+        "strategies": runs,
+    }
+    (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+    console = Console()
+    _print(console, result)
+    _report(console, folder)
+    console.print(f"Numbers: {folder}/summary.json")
+    return result
+
+
+def _config(strategy: str, folder: Path, seed: int) -> Config:
+    overrides = [
+        f"federation.strategy={strategy}",
+        f"run.folder={json.dumps(str(folder))}",
+        f"training.seed={seed}",
+    ]
+    with as_file(files(__name__) / "demo.toml") as path:
+        if strategy != "fomoe":  # they hold every expert on every site
+            sites = load_config(path).federation.sites
+            overrides.append(f"federation.overlap={sites}")
+        return load_config(path, overrides)
+
+
+def _clear(folder: Path) -> None:
+    strangers = [path for path in folder.glob("*") if path.name not in _OWN_FILES]
+    if strangers:
+        raise UserError(f"{folder} holds {strangers[0].name}, which is no part of a demo")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+_OWN_FILES = {*STRATEGIES, "summary.json", "report.html"}
+
+
+def _print(console: Console, result: dict[str, Any]) -> None:
+    runs = result["strategies"]
+    any_run = runs["fomoe"]
+    table = Table(
+        title=f"One {any_run['parameters'] / 1e6:.2f}M-parameter MoE over {any_run['sites']} sites",
+        caption=(
+            f"loss in nats per byte; bigram entropy of the text {result['bigram_entropy']:.3f}. "
+            "Bytes are what a site sends, memory what its tensors take."
+        ),
+    )
+    table.add_column("strategy")
+    for name in (
+        "assembled\nloss",
+        "sent\nper site",
+        "less\nthan ddp",
+        "parameters\nper site",
+        "tensor memory\nper site",
+        "peak RSS\nper site",
+        "tokens/s",
+        "ghosts",
+    ):
+        table.add_column(name, justify="right")
+    ddp_bytes = max(runs["ddp"]["bytes_per_site"])
+    for strategy, summary in runs.items():
+        sent = max(summary["bytes_per_site"])
+        memory = summary["memory_per_site"]
+        table.add_row(
+            strategy,
+            f"{summary['loss']:.3f}",
+            format_bytes(sent),
+            f"{ddp_bytes / sent:.1f}x",
+            f"{max(summary['parameters_per_site']) / 1e6:.2f}M",
+            format_bytes(tensor_bytes_per_site(summary)),
+            format_bytes(max(site["peak_rss"] for site in memory)),
+            f"{summary['tokens_per_second']:,.0f}",
+            f"{summary['ghost_share']:.0%}",
+        )
+    console.print(table)
+    for verdict in result["verdicts"]:
+        mark = "[green]yes[/green]" if verdict["holds"] else "[red]NO [/red]"
+        console.print(f"{mark}  {verdict['claim']}", highlight=False)
+
+
+def _report(console: Console, folder: Path) -> None:
+    from fomoe.federation.report import write_report
+
+    try:
+        write_report([folder / strategy for strategy in STRATEGIES], folder / "report.html")
+    except UserError as error:  # the plots need an extra, the numbers do not
+        console.print(f"No report: {error}")
+    else:
+        console.print(f"Plots:   {folder}/report.html")

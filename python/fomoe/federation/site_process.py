@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process of one site: joins the others, runs the rounds, reports to the coordinator.
+
+Reports are JSON messages over a pipe: ``step`` and ``round`` while training, ``failed`` with a
+reason. After a round that wrote files the site waits until the coordinator has dealt with them.
+"""
+
+import datetime
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]
+
+from fomoe.errors import UserError
+from fomoe.federation.checkpoint import Checkpoint
+from fomoe.federation.config import Config
+from fomoe.federation.ledger import SiteLedger
+from fomoe.federation.site import Site
+from fomoe.federation.task import Task
+
+__all__ = ["SiteOrder", "run_site"]
+
+
+@dataclass(frozen=True)
+class SiteOrder:
+    """What the coordinator tells a site process; pickled into it."""
+
+    config: Config
+    task: Task
+    site: int
+    run: Path
+    rendezvous: Path
+    resume: Path | None
+    first_round: int
+
+
+class Channel:
+    """The site's end of the pipe; what it sends is counted as traffic of class ``metrics``."""
+
+    def __init__(self, pipe: "connection.Connection[Any, Any]", ledger: SiteLedger | None) -> None:
+        self.pipe = pipe
+        self.ledger = ledger
+
+    def send(self, kind: str, **fields: Any) -> None:
+        message = json.dumps({"kind": kind, **fields}).encode()
+        if self.ledger is not None:
+            self.ledger.sent("metrics", len(message))
+        self.pipe.send_bytes(message)
+
+    def wait_for_coordinator(self) -> None:
+        self.pipe.recv_bytes()
+
+
+def run_site(order: SiteOrder, pipe: "connection.Connection[Any, Any]") -> None:
+    """Entry point of the process; exits with code 1 after reporting a failure."""
+    _end_with_the_coordinator()
+    channel = Channel(pipe, None)
+    try:
+        _join(order)
+        _train(order, channel)
+        channel.send("finished")
+        channel.wait_for_coordinator()  # nobody hangs up while a neighbour still reads
+    except UserError as error:
+        channel.send("failed", user_error=True, reason=str(error))
+        sys.exit(1)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        channel.send("failed", user_error=False, reason=reason, trace=traceback.format_exc())
+        sys.exit(1)
+    dist.destroy_process_group()
+
+
+def _train(order: SiteOrder, channel: Channel) -> None:
+    site = Site(order.config, order.task, order.site)
+    channel.ledger = site.ledger
+    if order.resume is not None:
+        site.load(Checkpoint(order.resume))
+    federation, evaluation = order.config.federation, order.config.evaluation
+    for round_index in range(order.first_round, federation.rounds):
+        last = round_index + 1 == federation.rounds
+        evaluate = last or (evaluation.every > 0 and (round_index + 1) % evaluation.every == 0)
+        begin = time.perf_counter()
+        site.begin_round()
+        tokens = _local_steps(site, channel, federation.local_steps)
+        memory = site.memory()
+        meeting = time.perf_counter()
+        site.end_round(tokens)
+        end = time.perf_counter()
+        report: dict[str, Any] = {
+            "round": round_index,
+            "tokens": tokens,
+            "seconds": end - begin,
+            "exchange_seconds": end - meeting,
+            "routing": site.task.routing(site.model),
+            "digests": site.digests(),
+            "memory": memory | site.memory_of_the_meeting(),
+            "parameters": sum(tensor.num_elements for tensor in site.tensors),
+            "owned_parameters": sum(tensor.num_elements for tensor in site.written),
+            "evaluate": evaluate,
+            "files": [],
+        }
+        if evaluate:
+            report["validation_loss"] = site.validation_loss()
+            records = site.write(order.run, with_state=last and order.config.run.save)
+            report["files"] = [asdict(record) for record in records]
+            snapshot = sum(record.bytes for record in records if record.kind == "model")
+            site.ledger.sent("evaluation", snapshot)
+        report["bytes"] = site.ledger.close_round()
+        channel.send("round", **report)
+        if evaluate:
+            channel.wait_for_coordinator()
+
+
+def _local_steps(site: Site, channel: Channel, count: int) -> int:
+    tokens = 0
+    for _ in range(count):
+        loss, step_tokens = site.local_step()
+        tokens += step_tokens
+        learning_rate = site.optimizer.param_groups[0]["lr"]
+        channel.send("step", step=site.step - 1, loss=loss, lr=learning_rate)
+    return tokens
+
+
+def _join(order: SiteOrder) -> None:
+    sites = order.config.federation.sites
+    threads = order.config.training.threads or max(1, (os.cpu_count() or 1) // sites)
+    torch.set_num_threads(threads)
+    # All sites are on this machine: stay off its other networks.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    dist.init_process_group(
+        "gloo",
+        store=FileStore(str(order.rendezvous), sites),
+        rank=order.site,
+        world_size=sites,
+        timeout=datetime.timedelta(minutes=10),
+    )
+
+
+def _end_with_the_coordinator() -> None:
+    """Leave at once when the coordinator is gone, however it went: no orphans."""
+    coordinator = parent_process()
+    assert coordinator is not None
+
+    def watch() -> None:
+        connection.wait([coordinator.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

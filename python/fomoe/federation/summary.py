@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run adds up to: the numbers of metrics.jsonl's rounds and of summary.json."""
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+import fomoe._C as _C
+from fomoe.data import bigram_entropy, unigram_entropy
+from fomoe.federation.config import Config
+from fomoe.federation.ledger import EXCHANGE_CLASSES
+from fomoe.federation.placement import Placement
+from fomoe.federation.task import LanguageModelTask, Task
+
+__all__ = ["RunTotals", "versions"]
+
+_SUMS = ("tokens", "seconds", "ghost_shares", "exchange_bytes", "bytes_by_class")
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "fomoe": version("fomoe"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+class RunTotals:
+    """Adds up the sites' reports, round by round.
+
+    ``exchange_bytes`` of a site counts what it sent to other sites (shared, expert, tokens).
+    """
+
+    def __init__(self, config: Config, task: Task, placement: Placement) -> None:
+        self.config = config
+        self.placement = placement
+        self.corpus = _describe_corpus(task)
+        self.tokens = 0
+        self.seconds = 0.0
+        self.ghost_shares: list[float] = []
+        self.exchange_bytes = [0] * placement.sites
+        self.bytes_by_class: dict[str, int] = {}
+        self.memory: list[dict[str, int]] = []
+        self.parameters = 0
+        self.parameters_per_site: list[int] = []
+        self.loss = float("nan")
+        self.site_losses: list[float] = []
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far, for the checkpoint's manifest."""
+        return {name: getattr(self, name) for name in _SUMS}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from the sums of a resumed run."""
+        for name in _SUMS:
+            setattr(self, name, state[name])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all sites per second of the slowest one, exchange included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def ghost_share(self) -> float:
+        """Mean over rounds, sites and layers; 0 for a model without routing statistics."""
+        return _mean(self.ghost_shares) if self.ghost_shares else 0.0
+
+    def add_round(self, index: int, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Count a round's reports, one per site; return its line for metrics.jsonl."""
+        seconds = max(report["seconds"] for report in reports)
+        tokens = sum(report["tokens"] for report in reports)
+        self.tokens += tokens
+        self.seconds += seconds
+        traffic: dict[str, int] = {}
+        for site, report in enumerate(reports):
+            for traffic_class, num_bytes in report["bytes"].items():
+                traffic[traffic_class] = traffic.get(traffic_class, 0) + num_bytes
+                if traffic_class in EXCHANGE_CLASSES:
+                    self.exchange_bytes[site] += num_bytes
+        for traffic_class, num_bytes in traffic.items():
+            total = self.bytes_by_class.get(traffic_class, 0)
+            self.bytes_by_class[traffic_class] = total + num_bytes
+        routing = _mean_routing([report["routing"] for report in reports])
+        if routing:
+            self.ghost_shares.append(_mean([layer["ghost_share"] for layer in routing]))
+        self.memory = [report["memory"] for report in reports]
+        self.parameters = sum(report["owned_parameters"] for report in reports)
+        self.parameters_per_site = [report["parameters"] for report in reports]
+        return {
+            "round": index,
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / seconds,
+            "seconds": seconds,
+            "exchange_seconds": max(report["exchange_seconds"] for report in reports),
+            "ghost_share": self.ghost_shares[-1] if routing else 0.0,
+            "bytes": traffic,
+            "bytes_total": sum(self.exchange_bytes),
+            "routing": routing,
+        }
+
+    def add_evaluation(self, loss: float, site_losses: list[float]) -> None:
+        self.loss, self.site_losses = loss, site_losses
+
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        federation = self.config.federation
+        return {
+            "strategy": federation.strategy,
+            "outer": None if federation.strategy == "ddp" else federation.outer,
+            "sites": federation.sites,
+            "overlap": federation.overlap,
+            "local_steps": federation.local_steps,
+            "rounds": federation.rounds,
+            "seed": self.config.training.seed,
+            "commit": _C.commit,
+            "versions": versions(),
+            **self.corpus,
+            "loss": self.loss,
+            "site_losses": self.site_losses,
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+            "ghost_share": self.ghost_share,
+            "bytes_per_site": self.exchange_bytes,
+            "bytes_by_class": self.bytes_by_class,
+            "memory_per_site": self.memory,
+            "parameters": self.parameters,
+            "parameters_per_site": self.parameters_per_site,
+        }
+
+
+def _describe_corpus(task: Task) -> dict[str, Any]:
+    if not isinstance(task, LanguageModelTask):
+        return {"corpus_sha256": None}
+    text = np.frombuffer(b"".join(domain.data for domain in task.corpus.domains), dtype=np.uint8)
+    return {
+        "corpus_sha256": task.corpus.sha256,
+        "corpus_bytes": task.corpus.num_bytes,
+        "unigram_entropy": unigram_entropy(text),
+        "bigram_entropy": bigram_entropy(text),
+    }
+
+
+def _mean_routing(by_site: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Per layer, the mean of every statistic over the sites."""
+    return [
+        {
+            "layer": layers[0]["layer"],
+            "load": [_mean(loads) for loads in zip(*(x["load"] for x in layers), strict=True)],
+            **{
+                name: _mean([layer[name] for layer in layers])
+                for name in ("load_entropy", "load_variation", "ghost_share")
+            },
+        }
+        for layers in zip(*by_site, strict=True)
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

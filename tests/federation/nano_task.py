@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model of examples/nano_fomoe.py as a task of the trainer, and runs of both."""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
+from fomoe.federation.config import Config
+from fomoe.federation.exchange import SHARED_PIECE
+from fomoe.federation.launch import train
+from fomoe.federation.parameters import federated_tensors
+from fomoe.federation.task import Loss
+
+BATCH_SIZE, SEQUENCE_LENGTH = 2, 16
+
+
+def load_nano() -> ModuleType:
+    if "nano_fomoe" not in sys.modules:
+        path = Path(__file__).parents[2] / "examples" / "nano_fomoe.py"
+        spec = importlib.util.spec_from_file_location("nano_fomoe", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["nano_fomoe"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["nano_fomoe"]
+
+
+nano = load_nano()
+
+
+def batch(site: int, step: int) -> Tensor:
+    """Learnable tokens: a noisy walk over the alphabet, different at every site and step."""
+    generator = torch.Generator().manual_seed(1000 * site + step)
+    steps = torch.randint(0, 3, (BATCH_SIZE, SEQUENCE_LENGTH + 1), generator=generator)
+    return steps.cumsum(dim=1) % 256
+
+
+class NanoTask:
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.num_layers, self.num_experts = config.num_layers, config.num_experts
+        self.model_settings: dict[str, Any] = {"nano": True}
+
+    def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
+        resident = None if residents is None else tuple(map(tuple, residents))
+        model = nano.Model(self.config, resident).to(self.config.dtype)
+        return nano.initialize(model, self.config.seed)
+
+    def batch(self, site: int, step: int) -> Tensor:
+        return batch(site, step)
+
+    def loss(self, model: nn.Module, tokens: Tensor) -> Loss:
+        logits = model(tokens[:, :-1]).flatten(0, 1)
+        language_model = F.cross_entropy(logits, tokens[:, 1:].flatten())
+        moes = [m for m in model.modules() if hasattr(m, "auxiliary_loss")]
+        return Loss(language_model + sum(m.auxiliary_loss for m in moes), language_model)
+
+    @torch.no_grad()
+    def validation_loss(self, model: nn.Module) -> float:
+        return self.loss(model, batch(99, 0)).language_model.item()
+
+    def routing(self, model: nn.Module) -> list[dict[str, Any]]:
+        return []
+
+
+def settings(nano_config: Any, folder: Path, **federation: Any) -> Config:
+    """The trainer's settings that mean the same as nano's."""
+    strategy = nano_config.strategy
+    overlap = nano_config.overlap if strategy == "fomoe" else nano_config.sites
+    return Config.from_dict(
+        {
+            "model": {"num_experts": nano_config.num_experts, "top_k": 1},
+            "federation": {
+                "strategy": strategy,
+                "sites": nano_config.sites,
+                "overlap": overlap,
+                "local_steps": nano_config.local_steps,
+                "rounds": nano_config.rounds,
+                "outer": nano_config.outer,
+                "outer_lr": nano_config.outer_lr,
+                "outer_momentum": nano_config.outer_momentum,
+                **federation,
+            },
+            "optimizer": {
+                "name": nano_config.inner,
+                "lr": nano_config.lr,
+                "warmup_steps": nano_config.warmup,
+                "min_lr_ratio": nano_config.min_ratio,
+                "clip_norm": nano_config.clip,
+            },
+            "training": {"threads": 1, "seed": nano_config.seed},
+            "run": {"folder": str(folder)},
+        }
+    )
+
+
+def train_nano(nano_config: Any) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the sites: the split of a sum over threads changes its bits
+    try:
+        return nano.train(nano_config, batch)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train_sites(nano_config: Any, folder: Path, **options: Any) -> Checkpoint:
+    train(settings(nano_config, folder), task=NanoTask(nano_config), **options)
+    return Checkpoint(find_checkpoint(folder))
+
+
+def momenta(checkpoint: Checkpoint, nano_config: Any) -> dict[str, Tensor]:
+    """The outer momenta by tensor name, put together from the owners' pieces."""
+    by_site = []
+    for site in range(nano_config.sites):
+        prefix = "outer_momentum/"
+        state = checkpoint.state(site)
+        by_site.append({n.removeprefix(prefix): t for n, t in state.items() if prefix in n})
+    shared = torch.cat([pieces.pop(SHARED_PIECE) for pieces in by_site])
+    result = {name: value for pieces in by_site for name, value in pieces.items()}
+    for tensor in federated_tensors(NanoTask(nano_config).build_model(None)):
+        if tensor.is_shared:
+            piece, shared = shared.split(
+                [tensor.num_elements, shared.numel() - tensor.num_elements]
+            )
+            result[tensor.name] = piece.view(tensor.value.shape)
+    return result
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# `make test`: install, C++ tests under sanitizers, Python tests; each stage with its time budget.
+# Budgets are for 2 cores. A stage over budget is reported with its slowest tests, not failed:
+# machines differ, and a test that fails for being slow on a busy one teaches nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tools/environment.sh
+
+report=()
+over=0
+stage() {
+  local name=$1 budget=$2 begin=$SECONDS log=build/logs/$1.log taken
+  shift 2
+  mkdir -p build/logs
+  say "== $name"
+  if ! "$@" 2>&1 | tee "$log"; then
+    say "== $name FAILED after $((SECONDS - begin)) s"
+    exit 1
+  fi
+  taken=$((SECONDS - begin))
+  report+=("$(printf '%-12s %4d s of %4d s' "$name" "$taken" "$budget")")
+  if [ "$taken" -gt "$budget" ]; then
+    over=1
+    report+=("    over budget; its slowest tests:")
+    while IFS= read -r line; do report+=("    $line"); done \
+      < <(grep -E '^ *[0-9.]+s (call|setup)|Passed +[0-9.]+ sec' "$log" | head -5)
+  fi
+}
+
+build() {
+  use_environment
+  install_fomoe "${FOMOE_EXTRAS:-test}" "${FOMOE_CUDA:-AUTO}"
+}
+
+cpp() {
+  cmake -S . -B build/cpp-tests -G Ninja -DFOMOE_BUILD_PYTHON=OFF -DFOMOE_BUILD_TESTS=ON \
+    -DFOMOE_BUILD_BENCH=ON -DFOMOE_SANITIZE=ON -DFOMOE_CUDA=OFF >/dev/null
+  cmake --build build/cpp-tests
+  ctest --test-dir build/cpp-tests --output-on-failure
+}
+
+tests() { python -m pytest --durations=5 "$@"; }
+
+use_environment
+stage build 240 build
+stage c++ 180 cpp
+stage ops 180 tests tests/ops tests/reference tests/packaging
+stage models 60 tests tests/nn tests/models tests/data tests/cli
+stage federation 180 tests tests/federation tests/examples
+
+say "Stage budgets"
+printf '%s\n' "${report[@]}" "$(printf '%-12s %4d s' total "$SECONDS")"
+[ "$over" = 0 ] || say "A stage is over budget: see its slowest tests above."
