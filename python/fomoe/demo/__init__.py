@@ -8,6 +8,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,7 @@ from fomoe.errors import UserError
 from fomoe.federation.config import Config, load_config
 from fomoe.federation.launch import train
 from fomoe.federation.progress import format_bytes
+from fomoe.files import write_text
 
 __all__ = ["STRATEGIES", "run"]
 
@@ -39,7 +41,7 @@ def run(*, folder: Path, seed: int = 0) -> dict[str, Any]:
         "verdicts": verdicts(runs),
         "strategies": runs,
     }
-    (folder / "summary.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_text(folder / "summary.json", json.dumps(result, indent=1) + "\n")
     console = Console()
     _print(console, result)
     _report(console, folder)
@@ -76,23 +78,20 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     any_run = runs["fomoe"]
     table = Table(
         title=f"One {any_run['parameters'] / 1e6:.2f}M-parameter MoE over {any_run['sites']} sites",
-        caption=(
-            f"loss in nats per byte; bigram entropy of the text {result['bigram_entropy']:.3f}. "
-            "Bytes are what a site sends, memory what its tensors take."
-        ),
+        box=SIMPLE_HEAD,
     )
-    table.add_column("strategy")
+    table.add_column("strategy", no_wrap=True)
     for name in (
-        "assembled\nloss",
+        "\nloss",
         "sent\nper site",
         "less\nthan ddp",
-        "parameters\nper site",
-        "tensor memory\nper site",
-        "peak RSS\nper site",
-        "tokens/s",
-        "ghosts",
+        "weights\nper site",
+        "tensors\nper site",
+        "peak\nRSS",
+        "tokens\nper s",
+        "\nghosts",
     ):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     ddp_bytes = max(runs["ddp"]["bytes_per_site"])
     for strategy, summary in runs.items():
         sent = max(summary["bytes_per_site"])
@@ -102,16 +101,26 @@ def _print(console: Console, result: dict[str, Any]) -> None:
             f"{summary['loss']:.3f}",
             format_bytes(sent),
             f"{ddp_bytes / sent:.1f}x",
-            f"{max(summary['parameters_per_site']) / 1e6:.2f}M",
+            f"{max(summary['parameters_per_site']) / 1e6:.2f} M",
             format_bytes(tensor_bytes_per_site(summary)),
             format_bytes(max(site["peak_rss"] for site in memory)),
             f"{summary['tokens_per_second']:,.0f}",
             f"{summary['ghost_share']:.0%}",
         )
     console.print(table)
+    console.print(
+        f"loss: of the assembled model, nats per byte of validation text; the text's bigram "
+        f"entropy is {result['bigram_entropy']:.3f}.\n"
+        "sent: to other sites, whole run. tensors: weights, gradients, optimizer, exchange.\n"
+        f"text: {any_run['corpus_bytes'] / 1e6:.1f} MB, SHA-256 {result['corpus_sha256'][:12]}; "
+        f"seed {result['seed']}; commit {result['commit'][:12]}; "
+        f"{result['seconds']:.0f} s in all.\n",
+        highlight=False,
+        soft_wrap=True,
+    )
     for verdict in result["verdicts"]:
         mark = "[green]yes[/green]" if verdict["holds"] else "[red]NO [/red]"
-        console.print(f"{mark}  {verdict['claim']}", highlight=False)
+        console.print(f"{mark}  {verdict['claim']}", highlight=False, soft_wrap=True)
 
 
 def _report(console: Console, folder: Path) -> None:

@@ -41,7 +41,7 @@ def verdicts(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         },
         {
             "claim": f"fomoe's loss is within {_LOSS_TOLERANCE:.0%} of diloco's: {change:+.1%}",
-            "holds": change <= _LOSS_TOLERANCE,
+            "holds": fomoe["loss"] <= diloco["loss"] * (1 + _LOSS_TOLERANCE),
         },
     ]
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe.errors import UserError
+from fomoe.files import write_whole
 
 __all__ = [
     "FORMAT_VERSION",
@@ -196,15 +197,9 @@ def export(run: Path, out: Path) -> None:
     checkpoint = Checkpoint(find_checkpoint(run))
     checkpoint.verify()
     metadata = {"format": "pt", "fomoe_model": json.dumps(checkpoint.manifest["model"])}
-    partial = out.with_name(f".{out.name}.incomplete")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(checkpoint.model(), partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.rename(out)
+        write_whole(out, lambda path: save_file(checkpoint.model(), path, metadata))
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {out}: {error}") from error
 
 

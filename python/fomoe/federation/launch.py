@@ -6,6 +6,7 @@ model from the files the sites wrote, and makes them a checkpoint.
 """
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from fomoe.federation.progress import ProgressLine
 from fomoe.federation.site_process import SiteOrder
 from fomoe.federation.summary import RunTotals, versions
 from fomoe.federation.task import LanguageModelTask, Task
+from fomoe.files import write_text
 
 __all__ = ["train"]
 
@@ -89,16 +91,19 @@ class _Coordinator:
         first_step = self.first_round * federation.local_steps
         label = f"{federation.strategy}, {self.sites} sites"
         mode = "a" if self.checkpoint else "w"
-        with (
-            tempfile.TemporaryDirectory(prefix="fomoe-") as scratch,
-            (self.folder / "metrics.jsonl").open(mode, encoding="utf-8") as self.metrics,
-            LedgerFile(self.folder / "ledger.jsonl", mode) as self.ledger,
-            ProgressLine(label, total_steps, first_step) as self.progress,
-            SiteProcesses(self._orders(Path(scratch))) as self.processes,
-        ):
-            self._follow()
+        try:
+            with (
+                tempfile.TemporaryDirectory(prefix="fomoe-") as scratch,
+                (self.folder / "metrics.jsonl").open(mode, encoding="utf-8") as self.metrics,
+                LedgerFile(self.folder / "ledger.jsonl", mode) as self.ledger,
+                ProgressLine(label, total_steps, first_step) as self.progress,
+                SiteProcesses(self._orders(Path(scratch))) as self.processes,
+            ):
+                self._follow()
+        finally:
+            shutil.rmtree(incomplete_folder(self.folder), ignore_errors=True)
         summary = self.totals.summary()
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        write_text(self.folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
     # ---- messages ---------------------------------------------------------------------------
@@ -158,8 +163,6 @@ class _Coordinator:
         if last and self.config.run.save:
             commit(folder, round_folder(self.folder, index + 1), self._manifest(index, records))
         fresh_incomplete_folder(self.folder)
-        if last:
-            incomplete_folder(self.folder).rmdir()
         self.processes.reply()
 
     def _write(self, kind: str, **fields: Any) -> None:

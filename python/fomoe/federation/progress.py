@@ -67,13 +67,16 @@ class ProgressLine:
         if not self.console.is_terminal and share >= self._next_line:
             self._next_line += 1 / _LINES_WITHOUT_TERMINAL
             step = f"step {self.completed}/{self.total_steps}"
-            self.console.print(f"{self.label}: {step}, loss {self.loss:.3f}, {state}")
+            self.console.print(
+                f"{self.label}: {step}, loss {self.loss:.3f}, {state}", soft_wrap=True
+            )
 
 
 def format_bytes(num_bytes: float) -> str:
-    """``1234567`` as ``1.2 MB`` (powers of 1000)."""
+    """``1234567`` as ``1.2 MB``, ``123456789`` as ``123 MB`` (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if num_bytes < 1000 or unit == "TB":
             break
         num_bytes /= 1000
-    return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
+    decimals = 0 if unit == "B" or num_bytes >= 100 else 1
+    return f"{num_bytes:.{decimals}f} {unit}"

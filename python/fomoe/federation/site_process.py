@@ -8,6 +8,7 @@ reason. After a round that wrote files the site waits until the coordinator has 
 import datetime
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -63,6 +64,7 @@ class Channel:
 
 def run_site(order: SiteOrder, pipe: "connection.Connection[Any, Any]") -> None:
     """Entry point of the process; exits with code 1 after reporting a failure."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the coordinator's to deal with
     _end_with_the_coordinator()
     channel = Channel(pipe, None)
     try:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One self-contained HTML page that compares finished runs. Needs the extra `report`."""
 
-import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -9,6 +8,7 @@ from types import ModuleType
 
 from fomoe.errors import UserError
 from fomoe.federation.report.runs import Run, read_runs
+from fomoe.files import write_text
 
 __all__ = ["Run", "read_runs", "render", "write_report"]
 
@@ -24,13 +24,9 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> None:
     """
     page = render(read_runs([Path(run) for run in runs]))
     output = Path(output)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(output)
+        write_text(output, page)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write report {output}: {error.strerror}") from None
 
 

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder format: whole or absent, checked when read, and enough to rebuild the model."""
+
+import json
+
+import pytest
+import torch
+from nano_task import json_lines
+from test_failures import TINY
+
+from fomoe.cli import main
+from fomoe.errors import UserError
+from fomoe.federation.checkpoint import (
+    FORMAT_VERSION,
+    Checkpoint,
+    commit,
+    find_checkpoint,
+    round_folder,
+    write_shard,
+)
+from fomoe.federation.config import load_config
+from fomoe.federation.task import LanguageModelTask
+from fomoe.models import load_model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run of two sites that hold half of the experts each."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.toml").write_text(TINY)
+    config = str(folder / "config.toml")
+    assert main(["train", "--config", config, f"run.folder={folder}/run"]) == 0
+    return folder
+
+
+def write_small(folder):
+    incomplete = folder / "checkpoints" / ".incomplete"
+    incomplete.mkdir(parents=True)
+    record = write_shard(incomplete, "model", 0, {"a": torch.arange(3.0)})
+    manifest = {"files": [{name: getattr(record, name) for name in record.__slots__}]}
+    commit(incomplete, round_folder(folder, 2), manifest)
+    return find_checkpoint(folder)
+
+
+def test_a_written_checkpoint_reads_back(tmp_path):
+    checkpoint = Checkpoint(write_small(tmp_path))
+    checkpoint.verify()
+    assert checkpoint.folder.name == "round-000002"
+    assert torch.equal(checkpoint.model()["a"], torch.arange(3.0))
+
+
+def test_a_flipped_byte_is_noticed(tmp_path):
+    folder = write_small(tmp_path)
+    path = folder / "model-0.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"model-0.safetensors is damaged: SHA-256"):
+        Checkpoint(folder).verify()
+
+
+def test_a_newer_format_is_refused_with_both_versions(tmp_path):
+    folder = write_small(tmp_path)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"format_version": FORMAT_VERSION + 1}))
+    with pytest.raises(UserError, match=f"{FORMAT_VERSION + 1}; this fomoe reads up to"):
+        Checkpoint(folder)
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path):
+    round_folder(tmp_path, 3).mkdir(parents=True)
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+def test_the_manifest_says_all_that_a_resume_needs(run):
+    manifest = Checkpoint(find_checkpoint(run / "run")).manifest
+    assert manifest["completed_rounds"] == 1
+    assert manifest["step"] == 2
+    assert manifest["data_cursor"] == [4, 4]
+    assert manifest["placement"][0][:3] == [[0], [1], [0]]
+    assert manifest["config"]["federation"]["overlap"] == 1
+    assert len(manifest["corpus_sha256"]) == 64
+
+
+def test_each_expert_is_written_once_by_a_site_that_holds_it(run):
+    checkpoint = Checkpoint(find_checkpoint(run / "run"))
+    names = []
+    for record in checkpoint.files:
+        if record.kind == "model":
+            part = Checkpoint(checkpoint.folder)
+            part.files = [record]
+            for name in part.model():
+                names.append(name)
+                if ".experts." in name:
+                    layer, expert = int(name.split(".")[1]), int(name.split(".")[4])
+                    assert record.site in checkpoint.manifest["placement"][layer][expert]
+    assert len(names) == len(set(names))
+
+
+def test_an_exported_model_has_the_loss_the_run_reported(run):
+    assert main(["export", str(run / "run"), str(run / "model.safetensors")]) == 0
+    model = load_model(run / "model.safetensors")
+    config = load_config(run / "config.toml")
+    loss = LanguageModelTask(config).validation_loss(model)
+    evaluation = [x for x in json_lines(run / "run" / "metrics.jsonl") if x["kind"] == "evaluation"]
+    assert loss == pytest.approx(evaluation[-1]["loss"], rel=1e-6)
+    summary = json.loads((run / "run" / "summary.json").read_text())
+    assert summary["loss"] == evaluation[-1]["loss"]
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(run, capsys):
+    assert main(["export", str(run / "run"), "/proc/model.safetensors"]) == 2
+    assert "cannot write /proc/model.safetensors" in capsys.readouterr().err
