@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY(fomoe, m) {
   m.def(
       "topk_gate(Tensor logits, int top_k, str score, bool renormalize, float scale) "
-      "-> (Tensor ids, Tensor weights, Tensor counts, Tensor prob_sum, Tensor z_sum)");
+      "-> (Tensor weights, Tensor prob_sum, Tensor z_sum, Tensor ids, Tensor counts)");
   m.def(
       "topk_gate_backward(Tensor? grad_weights, Tensor? grad_prob_sum, Tensor? grad_z_sum, "
       "Tensor logits, Tensor ids, str score, bool renormalize, float scale) -> Tensor");

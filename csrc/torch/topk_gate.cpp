@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(const Tensor& l
                              values_of<int64_t>(counts), prob_sum.mutable_data_ptr(),
                              z_sum.mutable_data_ptr()};
   cpu::topk_gate(dtype, gate, dense.const_data_ptr(), result, workspace.mutable_data_ptr());
-  return {ids, weights, counts, prob_sum, z_sum};
+  return {weights, prob_sum, z_sum, ids, counts};
 }
 
 Tensor topk_gate_backward_cpu(std::optional<Tensor> grad_weights,

@@ -49,10 +49,6 @@ void expert_mlp(const ExpertMlp& mlp, const void* x, const void* weights, const 
 void expert_mlp_backward(const ExpertMlp& mlp, const void* grad_y, const void* x,
                          const void* weights, const void* pre, const Gemm& gemm,
                          const ExpertMlpGradient& gradient, void* workspace);
-
-/// hidden[r, :] = act(pre[r, :]) for dense rows of type dtype.
-void activate(DType dtype, Activation activation, const void* pre, int64_t num_rows,
-              int64_t expert_dim, void* hidden);
 }  // namespace cpu
 
 namespace reference {

@@ -12,22 +12,13 @@
 #include "fomoe/grouped_gemm.h"
 #include "fomoe/parallel.h"
 #include "fomoe/permute.h"
+#include "fomoe/rows.h"
 #include "fomoe/workspace.h"
 
 namespace fomoe::cpu {
 namespace {
 
 constexpr int64_t kElementsPerThread = 8192;
-
-/// Dense rows of one width, addressed by row.
-struct Rows {
-  void* data;
-  DType dtype;
-  int64_t width;
-
-  void* at(int64_t row) const { return static_cast<char*>(data) + row * width * size_of(dtype); }
-  DenseMatrix run(int64_t row, int64_t count) const { return {at(row), count, width}; }
-};
 
 int64_t longest_segment(const Routing& routing) {
   int64_t longest = 0;
@@ -78,6 +69,20 @@ struct BackwardBuffers {
   Rows d_x;                       // of all executed rows
 };
 
+/// hidden = act(pre) for a run of rows.
+void activate(DType dtype, Activation activation, const void* pre, int64_t num_rows,
+              int64_t expert_dim, void* hidden) {
+  const int64_t pre_dim = expert_dim * (activation == Activation::kSwiglu ? 2 : 1);
+  dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    parallel_for(
+        num_rows, ceil_div(kElementsPerThread, expert_dim), [&](int64_t begin, int64_t end) {
+          activate_rows(activation, static_cast<const T*>(pre) + begin * pre_dim, end - begin,
+                        expert_dim, static_cast<T*>(hidden) + begin * expert_dim);
+        });
+  });
+}
+
 /// d_hidden -> weight * hidden in place, d_pre, and the weights' gradients, for a run of rows.
 void activate_backward(const ExpertMlp& mlp, const void* weights, const void* pre, int64_t first,
                        int64_t count, void* hidden, void* d_pre, void* d_weights) {
@@ -98,19 +103,6 @@ void activate_backward(const ExpertMlp& mlp, const void* weights, const void* pr
 }
 
 }  // namespace
-
-void activate(DType dtype, Activation activation, const void* pre, int64_t num_rows,
-              int64_t expert_dim, void* hidden) {
-  const int64_t pre_dim = expert_dim * (activation == Activation::kSwiglu ? 2 : 1);
-  dispatch(dtype, [&](auto element) {
-    using T = decltype(element);
-    parallel_for(
-        num_rows, ceil_div(kElementsPerThread, expert_dim), [&](int64_t begin, int64_t end) {
-          activate_rows(activation, static_cast<const T*>(pre) + begin * pre_dim, end - begin,
-                        expert_dim, static_cast<T*>(hidden) + begin * expert_dim);
-        });
-  });
-}
 
 int64_t expert_mlp_workspace_bytes(const ExpertMlp& mlp) {
   Workspace workspace(nullptr);
@@ -142,11 +134,7 @@ void expert_mlp(const ExpertMlp& mlp, const void* x, const void* weights, const 
     });
   }
   const int64_t executed = mlp.routing.num_executed_rows();
-  const int64_t tail_rows = mlp.routing.num_rows() - executed;
-  if (tail_rows > 0) {
-    std::memset(pre_rows.at(executed), 0,
-                static_cast<size_t>(tail_rows * mlp.pre_dim() * size_of(dtype)));
-  }
+  pre_rows.fill_zero(executed, mlp.routing.num_rows() - executed);
   combine(dtype, buffers.out.data, weights, mlp.routing, mlp.dim(), y);
 }
 
@@ -158,20 +146,19 @@ void expert_mlp_backward(const ExpertMlp& mlp, const void* grad_y, const void* x
   const int64_t dim = mlp.dim(), expert_dim = mlp.expert_dim(), pre_dim = mlp.pre_dim();
   Workspace memory(workspace);
   const BackwardBuffers buffers(mlp, memory);
-  const Rows d_w1 = {gradient.w1, dtype, pre_dim * dim},
-             d_w2 = {gradient.w2, dtype, dim * expert_dim};
-  const Rows pre_rows = {const_cast<void*>(pre), dtype, pre_dim};  // read only
-
+  const ConstRows pre_rows = {pre, dtype, pre_dim};
+  const Rows d_w1 = {gradient.w1, dtype, pre_dim * dim};
+  const Rows d_w2 = {gradient.w2, dtype, dim * expert_dim};
   // Skipped slots have no row that would write their weight's gradient.
-  const DType weight_dtype = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
-  std::memset(gradient.weights, 0, static_cast<size_t>(routing.num_rows() * size_of(weight_dtype)));
+  Rows{gradient.weights, dtype == DType::kFloat64 ? dtype : DType::kFloat32, 1}.fill_zero(
+      0, routing.num_rows());
 
   for (int64_t expert = 0; expert < routing.num_local_experts; ++expert) {
     const int64_t segment = routing.offsets[expert];
     const int64_t rows = routing.offsets[expert + 1] - segment;
     if (rows == 0) {
-      std::memset(d_w1.at(expert), 0, static_cast<size_t>(d_w1.width * size_of(dtype)));
-      std::memset(d_w2.at(expert), 0, static_cast<size_t>(d_w2.width * size_of(dtype)));
+      d_w1.fill_zero(expert, 1);
+      d_w2.fill_zero(expert, 1);
       continue;
     }
     for_each_run(routing, expert, [&](int64_t row, int64_t count) {

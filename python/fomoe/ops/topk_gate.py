@@ -52,7 +52,10 @@ def topk_gate(
     RuntimeError
         When a shape, dtype or setting does not fit; the message names op, argument, expected, got.
     """
-    return GateOutput(*torch.ops.fomoe.topk_gate(logits, top_k, score, renormalize, scale))
+    weights, prob_sum, z_sum, ids, counts = torch.ops.fomoe.topk_gate(
+        logits, top_k, score, renormalize, scale
+    )
+    return GateOutput(ids, weights, counts, prob_sum, z_sum)
 
 
 @torch.library.register_fake("fomoe::topk_gate")
@@ -62,11 +65,11 @@ def _fake(
     num_tokens, num_experts = logits.shape
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
     return (
-        logits.new_empty(num_tokens, top_k, dtype=torch.int32),
         logits.new_empty(num_tokens, top_k, dtype=sum_dtype),
-        logits.new_empty(num_experts, dtype=torch.int64),
         logits.new_empty(num_experts, dtype=sum_dtype),
         logits.new_empty((), dtype=sum_dtype),
+        logits.new_empty(num_tokens, top_k, dtype=torch.int32),
+        logits.new_empty(num_experts, dtype=torch.int64),
     )
 
 
@@ -87,16 +90,17 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, _, *ctx.settings = inputs
     ctx.set_materialize_grads(False)  # an output without a gradient costs nothing
-    ctx.save_for_backward(logits, output[0])
+    ids = output[3]
+    ctx.save_for_backward(logits, ids)
 
 
 def _backward(
     ctx: Any,
-    grad_ids: None,
     grad_weights: Tensor | None,
-    grad_counts: None,
     grad_prob_sum: Tensor | None,
     grad_z_sum: Tensor | None,
+    grad_ids: None,
+    grad_counts: None,
 ) -> tuple[Tensor | None, ...]:
     grad_logits = torch.ops.fomoe.topk_gate_backward(
         grad_weights, grad_prob_sum, grad_z_sum, *ctx.saved_tensors, *ctx.settings

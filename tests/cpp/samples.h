@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0
+// Inputs that the C++ tests share: arrays of any dtype, random routings, tolerances.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "fomoe/dtype.h"
+#include "fomoe/route.h"
+#include "fomoe/routing.h"
+#include "harness.h"
+
+namespace samples {
+
+using fomoe::DType;
+
+inline constexpr DType kAllDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16};
+
+inline DType accumulate_dtype(DType dtype) {
+  return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+}
+
+/// Bound on the error of a sum of a few dozen numbers of size one.
+inline double tolerance(DType dtype) {
+  return dtype == DType::kFloat64 ? 1e-12 : dtype == DType::kFloat32 ? 2e-5 : 6e-2;
+}
+
+/// Elements of any dtype in memory of exactly their size, so that the sanitizer sees an overrun.
+class Array {
+ public:
+  /// NaN everywhere: what a kernel leaves unwritten shows.
+  Array(DType dtype, int64_t count) : Array(dtype, std::vector<double>(count, NAN)) {}
+
+  Array(DType dtype, const std::vector<double>& values)
+      : dtype_(dtype), bytes_(values.size() * fomoe::size_of(dtype)) {
+    fomoe::dispatch(dtype, [&](auto tag) {
+      using T = decltype(tag);
+      for (size_t i = 0; i < values.size(); ++i) {
+        const T value = fomoe::from_accumulate<T>(static_cast<fomoe::Accumulate<T>>(values[i]));
+        std::memcpy(bytes_.data() + i * sizeof(T), &value, sizeof(T));
+      }
+    });
+  }
+
+  void* data() { return bytes_.data(); }
+  const void* data() const { return bytes_.data(); }
+  const std::vector<char>& bytes() const { return bytes_; }
+
+  /// What the kernel sees, in double.
+  std::vector<double> values() const {
+    std::vector<double> result(bytes_.size() / fomoe::size_of(dtype_));
+    fomoe::dispatch(dtype_, [&](auto tag) {
+      using T = decltype(tag);
+      for (size_t i = 0; i < result.size(); ++i) {
+        T value;
+        std::memcpy(&value, bytes_.data() + i * sizeof(T), sizeof(T));
+        result[i] = fomoe::to_accumulate(value);
+      }
+    });
+    return result;
+  }
+
+ private:
+  DType dtype_;
+  std::vector<char> bytes_;
+};
+
+/// A routing and the memory behind it.
+class OwnedRouting {
+ public:
+  OwnedRouting(const std::vector<int32_t>& ids, int64_t top_k,
+               const std::vector<int32_t>& expert_map, int64_t num_local_experts)
+      : slot_to_row_(ids.size()), row_to_slot_(ids.size()), offsets_(num_local_experts + 1) {
+    const auto num_slots = static_cast<int64_t>(ids.size());
+    fomoe::reference::route(ids.data(), num_slots, expert_map.data(), num_local_experts,
+                            slot_to_row_.data(), row_to_slot_.data(), offsets_.data());
+    view = {slot_to_row_.data(), row_to_slot_.data(), offsets_.data(), num_slots / top_k, top_k,
+            num_local_experts};
+  }
+
+  fomoe::Routing view;
+
+ private:
+  std::vector<int32_t> slot_to_row_, row_to_slot_, offsets_;
+};
+
+/// Ids in [-1, num_experts).
+inline std::vector<int32_t> random_ids(int64_t count, int32_t num_experts, uint32_t seed) {
+  std::mt19937 engine(seed);
+  std::vector<int32_t> ids(count);
+  for (int32_t& id : ids) id = static_cast<int32_t>(engine() % (num_experts + 1)) - 1;
+  return ids;
+}
+
+/// Five experts of which 1 and 3 are ghosts and 4 is local expert 0.
+inline OwnedRouting random_routing(int64_t num_tokens, int64_t top_k, uint32_t seed) {
+  return OwnedRouting(random_ids(num_tokens * top_k, 5, seed), top_k, {1, -1, 2, -1, 0}, 3);
+}
+
+inline double largest_difference(const std::vector<double>& a, const std::vector<double>& b) {
+  if (a.size() != b.size()) return INFINITY;
+  double largest = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::abs(a[i] - b[i]);
+    if (!(difference <= largest)) largest = difference;  // keeps NaN
+    if (std::isnan(largest)) return INFINITY;
+  }
+  return largest;
+}
+
+}  // namespace samples
+
+#define CHECK_ALL_CLOSE(actual, expected, tolerance) \
+  CHECK_CLOSE(samples::largest_difference(actual, expected), 0.0, tolerance)
