@@ -97,6 +97,27 @@ def test_initial_values_depend_on_the_name_only(router):
 # --- the layer ------------------------------------------------------------------------------------
 
 
+def test_attention_by_hand():
+    # One head of width 4: as complex numbers, (x0 + i x2, x1 + i x3) turn by 1 and 0.01 a position.
+    x = torch.tensor([[0.3, -0.5, 0.2, 0.7], [0.1, 0.4, -0.6, 0.9]], dtype=torch.float64)
+    turned = torch.complex(x[:, :2], x[:, 2:])
+    turned[1] *= torch.polar(torch.ones(2), torch.tensor([1.0, 0.01])).to(torch.complex128)
+    scores = (turned[1] * turned.conj()).real.sum(dim=1) / 2  # of position 1, over sqrt(4)
+    expected = torch.stack([x[0], scores.softmax(dim=0) @ x])
+    y = nano.attention(x[None], 1, *[torch.nn.Identity()] * 4)
+    torch.testing.assert_close(y[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_later_token_changes_no_earlier_prediction():
+    model = nano.initialize(nano.Model(TINY), 0)
+    tokens = torch.arange(12)[None]
+    before = model(tokens)
+    tokens[0, 7] = 200
+    after = model(tokens)
+    torch.testing.assert_close(after[:, :7], before[:, :7])
+    assert not torch.equal(after[:, 7], before[:, 7])
+
+
 def test_ghost_experts_contribute_nothing():
     config = replace(TINY, num_layers=1)
     whole, part = nano.Model(config), nano.Model(config, ((0, 2),))
