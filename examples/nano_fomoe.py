@@ -141,7 +141,7 @@ def initialize(model: nn.Module, seed: int) -> nn.Module:
     for name, tensor in tensors(model):
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        noise = torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor.shape[-1])
+        noise = torch.randn(tensor.shape, generator=generator) * (1 / math.sqrt(tensor.shape[-1]))
         tensor.copy_(torch.ones(()) if name.endswith("norm.weight") else noise)
     return model
 
