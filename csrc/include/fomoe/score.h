@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The selection score of the router, defined once for every device: currently the logit itself.
 //
-// A score is compared through an integer key, so that the order is total and the same everywhere:
-// a larger key is a better expert; equal keys go to the lower expert index. -0 equals +0, and NaN
-// ranks below every number, -inf included.
+// Experts are compared through integers, so that their order is total and the same everywhere:
+// the larger score is better, equal scores go to the lower index; -0 equals +0, and NaN ranks below
+// every number, -inf included.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 namespace fomoe {
 
@@ -25,5 +26,26 @@ inline int64_t score_key(double logit) {
   const int64_t key = bits ^ ((bits >> 63) & std::numeric_limits<int64_t>::max());
   return logit != logit ? std::numeric_limits<int64_t>::min() : key;
 }
+
+__extension__ using Int128 = __int128;
+
+/// Score and index in one integer: the largest rank is the next expert to choose.
+template <typename Real>
+using Rank = std::conditional_t<std::is_same_v<Real, float>, int64_t, Int128>;
+
+template <typename Real>
+inline Rank<Real> rank_of(Real logit, int32_t expert) {
+  return static_cast<Rank<Real>>(score_key(logit)) << 32 | ~static_cast<uint32_t>(expert);
+}
+
+template <typename Real>
+inline int32_t expert_of(Rank<Real> rank) {
+  return static_cast<int32_t>(~static_cast<uint32_t>(rank));
+}
+
+/// Below the rank of every expert.
+template <typename Real>
+inline constexpr Rank<Real> kNoRank =
+    static_cast<Rank<Real>>(std::numeric_limits<decltype(score_key(Real{}))>::min()) << 32;
 
 }  // namespace fomoe

@@ -3,6 +3,8 @@
 // pass adds the blocks up in order.
 #include "fomoe/topk_gate.h"
 
+#include <functional>
+
 #include "fomoe/parallel.h"
 #include "fomoe/score.h"
 #include "fomoe/workspace.h"
@@ -11,7 +13,7 @@
 namespace fomoe::cpu {
 namespace {
 
-constexpr int64_t kFewExperts = 32;  // up to this top_k, insertion into a sorted list is fastest
+constexpr int64_t kFewExperts = 32;  // up to this top_k, a vector pass per choice beats sorting
 
 /// Sums of the blocks, as they lie in the workspace.
 template <typename Real>
@@ -29,36 +31,21 @@ struct BlockSums {
 };
 
 template <typename Real>
-FOMOE_INLINE void select_few(const Real* logits, const Gate& gate, int32_t* ids) {
-  using Key = decltype(score_key(Real{}));
-  Key best[kFewExperts];
-  int64_t kept = 0;
-  for (int64_t e = 0; e < gate.num_experts; ++e) {
-    const Key key = score_key(logits[e]);
-    if (kept == gate.top_k && key <= best[kept - 1]) continue;  // a tie stays with the lower index
-    int64_t place = kept < gate.top_k ? kept++ : kept - 1;
-    for (; place > 0 && best[place - 1] < key; --place) {
-      best[place] = best[place - 1];
-      ids[place] = ids[place - 1];
-    }
-    best[place] = key;
-    ids[place] = static_cast<int32_t>(e);
+FOMOE_INLINE void select(const Real* logits, const Gate& gate, int32_t* ids) {
+  Rank<Real> ranks[kMaxExperts];
+  const auto num_experts = static_cast<int32_t>(gate.num_experts);
+  for (int32_t e = 0; e < num_experts; ++e) ranks[e] = rank_of(logits[e], e);
+  if (gate.top_k > kFewExperts) {
+    std::partial_sort(ranks, ranks + gate.top_k, ranks + num_experts, std::greater<>());
+    for (int64_t k = 0; k < gate.top_k; ++k) ids[k] = expert_of<Real>(ranks[k]);
+    return;
   }
-}
-
-template <typename Real>
-void select_many(const Real* logits, const Gate& gate, int32_t* ids) {
-  using Key = decltype(score_key(Real{}));
-  Key keys[kMaxExperts];
-  int32_t order[kMaxExperts];
-  for (int64_t e = 0; e < gate.num_experts; ++e) {
-    keys[e] = score_key(logits[e]);
-    order[e] = static_cast<int32_t>(e);
+  for (int64_t k = 0; k < gate.top_k; ++k) {
+    Rank<Real> best = kNoRank<Real>;
+    for (int32_t e = 0; e < num_experts; ++e) best = ranks[e] > best ? ranks[e] : best;
+    ids[k] = expert_of<Real>(best);
+    ranks[ids[k]] = kNoRank<Real>;
   }
-  std::partial_sort(order, order + gate.top_k, order + gate.num_experts, [&](int32_t a, int32_t b) {
-    return keys[a] != keys[b] ? keys[a] > keys[b] : a < b;
-  });
-  std::copy_n(order, gate.top_k, ids);
 }
 
 template <typename Real>
@@ -91,8 +78,7 @@ FOMOE_VECTORIZED void gate_block(const Gate& gate, const T* logits, int64_t bloc
     fill_gate_row(gate, logits + t * num_experts, row);
     int32_t* ids = result.ids + t * gate.top_k;
     Real* weights = static_cast<Real*>(result.weights) + t * gate.top_k;
-    gate.top_k <= kFewExperts ? select_few(row.logits, gate, ids)
-                              : select_many(row.logits, gate, ids);
+    select(row.logits, gate, ids);
     for (int64_t k = 0; k < gate.top_k; ++k) ++counts[ids[k]];
     if (gate.score == GateScore::kSoftmax) {
       weigh(gate, row.softmax, ids, weights);
