@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fomoe.files import write_text
 from nano_task import NanoTask, nano, settings
 from torch import Tensor
+
+from fomoe.files import write_text
 
 CONFIG = nano.Config(
     sites=3, overlap=1, rounds=2, local_steps=3, warmup=1, num_experts=3, top_k=1, dim=16,
