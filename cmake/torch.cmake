@@ -23,5 +23,8 @@ add_library(fomoe_torch_stable INTERFACE)
 target_include_directories(fomoe_torch_stable SYSTEM INTERFACE "${FOMOE_TORCH_DIR}/include")
 # Only the stable ABI as of torch 2.11: the binary then loads in every later torch, CPU or CUDA.
 target_compile_definitions(fomoe_torch_stable INTERFACE TORCH_TARGET_VERSION=0x020b000000000000)
+# Its headers put __FILE__ into error messages.
+target_compile_options(fomoe_torch_stable INTERFACE
+  "-ffile-prefix-map=${FOMOE_TORCH_DIR}/include/=")
 target_link_libraries(fomoe_torch_stable INTERFACE
   "${FOMOE_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}")

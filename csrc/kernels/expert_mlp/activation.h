@@ -9,7 +9,7 @@
 namespace fomoe::cpu {
 
 template <typename T>
-FOMOE_VECTORIZED void activate_rows(Activation activation, const T* pre, int64_t num_rows,
+FOMOE_VECTORIZED static void activate_rows(Activation activation, const T* pre, int64_t num_rows,
                                     int64_t expert_dim, T* hidden) {
   using Real = Accumulate<T>;
   const bool is_gated = activation == Activation::kSwiglu;
@@ -34,7 +34,7 @@ FOMOE_VECTORIZED void activate_rows(Activation activation, const T* pre, int64_t
 /// Gradient of one row. `hidden` [F] holds d_hidden, the gradient without the combine weight, and
 /// becomes weight * act(pre), which the gradient of w2 needs. Returns <d_hidden, act(pre)>.
 template <typename T>
-FOMOE_VECTORIZED Accumulate<T> activate_row_backward(Activation activation, const T* pre,
+FOMOE_VECTORIZED static Accumulate<T> activate_row_backward(Activation activation, const T* pre,
                                                      Accumulate<T> weight, int64_t expert_dim,
                                                      T* hidden, T* d_pre) {
   using Real = Accumulate<T>;
