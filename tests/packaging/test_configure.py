@@ -43,5 +43,6 @@ def test_a_torch_that_is_too_old_is_named(tmp_path):
 
 
 def test_cuda_asked_for_without_a_compiler_is_refused(tmp_path):
-    error = configure(tmp_path, "-DFOMOE_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    options = ("-DFOMOE_CUDA=ON", "-DCMAKE_CUDA_COMPILER=NOTFOUND", "-DFOMOE_BUILD_PYTHON=OFF")
+    error = configure(tmp_path, *options)
     assert "FOMOE_CUDA=ON, but no CUDA compiler (nvcc) was found" in error
