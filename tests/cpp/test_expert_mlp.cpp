@@ -109,6 +109,12 @@ TEST(every_dtype_and_activation_equals_the_reference) {
   }
 }
 
+TEST(an_expert_wider_than_one_tile_equals_the_reference) {
+  for (Activation activation : {Activation::kSwiglu, Activation::kSilu}) {
+    check_against_the_reference(Case(samples::DType::kFloat64, activation, 4, 2, 3, 600));
+  }
+}
+
 TEST(an_expert_with_more_rows_than_one_run_equals_the_reference) {
   check_against_the_reference(Case(samples::DType::kFloat64, Activation::kSwiglu, 2000, 2, 2, 3));
 }

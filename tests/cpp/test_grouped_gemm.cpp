@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fomoe/grouped_gemm.h"
 
+#include "fomoe/rows.h"
 #include "samples.h"
 
 using fomoe::ExpertMatrices;
@@ -70,6 +71,14 @@ TEST(every_dtype_equals_the_reference_also_transposed_and_beyond_one_run) {
     // Sums of some 500 products.
     CHECK_ALL_CLOSE(out.values(), expected, 10 * samples::tolerance(dtype));
   }
+}
+
+TEST(addresses_do_not_wrap_at_two_to_the_31_elements) {
+  char* base = reinterpret_cast<char*>(uintptr_t{1} << 40);  // never read
+  const fomoe::Rows rows = {base, fomoe::DType::kBFloat16, 7168};
+  const ExpertMatrices matrices = dense(fomoe::DType::kBFloat16, base, 256, 7168, 4096);
+  CHECK_EQUAL(static_cast<char*>(rows.at(400000)) - base, int64_t{400000} * 7168 * 2);
+  CHECK_EQUAL(static_cast<const char*>(matrices[200].data) - base, int64_t{200} * 7168 * 4096 * 2);
 }
 
 TEST(empty_extents_give_zeros_or_nothing) {
