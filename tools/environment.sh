@@ -50,5 +50,5 @@ install_fomoe() {
     "scikit-build-core>=1.0" "pybind11>=3" "cmake>=3.28" ninja
   say "Building and installing fomoe (FOMOE_CUDA=$cuda)."
   python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-    "${CONSTRAINTS[@]}" -Ccmake.define.FOMOE_CUDA="$cuda" ".[$extras]"
+    "${CONSTRAINTS[@]}" --config-settings=cmake.define.FOMOE_CUDA="$cuda" ".[$extras]"
 }

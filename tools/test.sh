@@ -28,10 +28,7 @@ stage() {
   fi
 }
 
-build() {
-  use_environment
-  install_fomoe "${FOMOE_EXTRAS:-test}" "${FOMOE_CUDA:-AUTO}"
-}
+build() { install_fomoe "${FOMOE_EXTRAS:-test}" "${FOMOE_CUDA:-AUTO}"; }
 
 cpp() {
   cmake -S . -B build/cpp-tests -G Ninja -DFOMOE_BUILD_PYTHON=OFF -DFOMOE_BUILD_TESTS=ON \
@@ -43,10 +40,11 @@ cpp() {
 tests() { python -m pytest --durations=5 "$@"; }
 
 use_environment
+report+=("$(printf '%-12s %4d s' environment "$SECONDS")")
 stage build 240 build
 stage c++ 180 cpp
 stage ops 180 tests tests/ops tests/reference tests/packaging
-stage models 60 tests tests/nn tests/models tests/data tests/cli
+stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage federation 180 tests tests/federation tests/examples
 
 say "Stage budgets"
