@@ -79,6 +79,9 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     table = Table(
         title=f"One {any_run['parameters'] / 1e6:.2f}M-parameter MoE over {any_run['sites']} sites",
         box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+        show_edge=False,
     )
     table.add_column("strategy", no_wrap=True)
     for name in (
@@ -111,7 +114,8 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     console.print(
         f"loss: of the assembled model, nats per byte of validation text; the text's bigram "
         f"entropy is {result['bigram_entropy']:.3f}.\n"
-        "sent: to other sites, whole run. tensors: weights, gradients, optimizer, exchange.\n"
+        "sent: to other sites, whole run. tensors: weights, gradients, optimizer, exchange. "
+        "RSS: the process with its libraries.\n"
         f"text: {any_run['corpus_bytes'] / 1e6:.1f} MB, SHA-256 {result['corpus_sha256'][:12]}; "
         f"seed {result['seed']}; commit {result['commit'][:12]}; "
         f"{result['seconds']:.0f} s in all.\n",
