@@ -10,7 +10,7 @@ namespace fomoe::cpu {
 
 template <typename T>
 FOMOE_VECTORIZED static void activate_rows(Activation activation, const T* pre, int64_t num_rows,
-                                    int64_t expert_dim, T* hidden) {
+                                           int64_t expert_dim, T* hidden) {
   using Real = Accumulate<T>;
   const bool is_gated = activation == Activation::kSwiglu;
   for (int64_t r = 0; r < num_rows; ++r) {
@@ -35,8 +35,9 @@ FOMOE_VECTORIZED static void activate_rows(Activation activation, const T* pre, 
 /// becomes weight * act(pre), which the gradient of w2 needs. Returns <d_hidden, act(pre)>.
 template <typename T>
 FOMOE_VECTORIZED static Accumulate<T> activate_row_backward(Activation activation, const T* pre,
-                                                     Accumulate<T> weight, int64_t expert_dim,
-                                                     T* hidden, T* d_pre) {
+                                                            Accumulate<T> weight,
+                                                            int64_t expert_dim, T* hidden,
+                                                            T* d_pre) {
   using Real = Accumulate<T>;
   constexpr int64_t kTile = 256;
   Real products[kTile];
