@@ -14,7 +14,7 @@ import pytest
 from fomoe.errors import UserError
 from fomoe.federation import report
 from fomoe.federation.report import read_runs, render, tables, write_report
-from fomoe.federation.report.style import human_bytes
+from fomoe.units import human_bytes
 
 SITES, ROUNDS, LOCAL_STEPS, LAYERS, EXPERTS = 4, 12, 20, 4, 16
 SHARED, EXPERT = 400_000, 1_600_000  # parameters

@@ -16,8 +16,8 @@ from fomoe.demo.verdict import tensor_bytes_per_site, verdicts
 from fomoe.errors import UserError
 from fomoe.federation.config import Config, load_config
 from fomoe.federation.launch import train
-from fomoe.federation.progress import format_bytes
 from fomoe.files import write_text
+from fomoe.units import human_bytes, human_count
 
 __all__ = ["STRATEGIES", "run"]
 
@@ -76,8 +76,9 @@ _OWN_FILES = {*STRATEGIES, "summary.json", "report.html"}
 def _print(console: Console, result: dict[str, Any]) -> None:
     runs = result["strategies"]
     any_run = runs["fomoe"]
+    parameters = human_count(any_run["parameters"])
     table = Table(
-        title=f"One {any_run['parameters'] / 1e6:.2f}M-parameter MoE over {any_run['sites']} sites",
+        title=f"One MoE of {parameters} parameters over {any_run['sites']} sites",
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
@@ -102,11 +103,11 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         table.add_row(
             strategy,
             f"{summary['loss']:.3f}",
-            format_bytes(sent),
+            human_bytes(sent),
             f"{ddp_bytes / sent:.1f}x",
-            f"{max(summary['parameters_per_site']) / 1e6:.2f} M",
-            format_bytes(tensor_bytes_per_site(summary)),
-            format_bytes(max(site["peak_rss"] for site in memory)),
+            human_count(max(summary["parameters_per_site"])),
+            human_bytes(tensor_bytes_per_site(summary)),
+            human_bytes(max(site["peak_rss"] for site in memory)),
             f"{summary['tokens_per_second']:,.0f}",
             f"{summary['ghost_share']:.0%}",
         )
@@ -116,7 +117,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         f"entropy is {result['bigram_entropy']:.3f}.\n"
         "sent: to other sites, whole run. tensors: weights, gradients, optimizer, exchange. "
         "RSS: the process with its libraries.\n"
-        f"text: {any_run['corpus_bytes'] / 1e6:.1f} MB, SHA-256 {result['corpus_sha256'][:12]}; "
+        f"text: {human_bytes(any_run['corpus_bytes'])}, SHA-256 {result['corpus_sha256'][:12]}; "
         f"seed {result['seed']}; commit {result['commit'][:12]}; "
         f"{result['seconds']:.0f} s in all.\n",
         highlight=False,

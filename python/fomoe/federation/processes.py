@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing import connection
-from types import TracebackType
 from typing import Any, Self
 
 from fomoe.errors import SiteFailed, UserError
@@ -43,12 +42,7 @@ class SiteProcesses:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         for process in self.processes:
             if process.is_alive():
                 process.kill()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The line a person watches while a run trains."""
 
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fomoe.federation.summary import RunTotals
+from fomoe.units import human_bytes
 
 __all__ = ["ProgressLine"]
 
@@ -42,12 +42,7 @@ class ProgressLine:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
     def step(self, loss: float) -> None:
@@ -60,7 +55,7 @@ class ProgressLine:
         """A round is over."""
         state = (
             f"{totals.tokens_per_second:,.0f} tokens/s, ghosts {totals.ghost_share:.0%}, "
-            f"{format_bytes(max(totals.exchange_bytes))} sent per site"
+            f"{human_bytes(max(totals.exchange_bytes))} sent per site"
         )
         self._progress.update(self._task, state=state)
         share = self.completed / self.total_steps
@@ -70,13 +65,3 @@ class ProgressLine:
             self.console.print(
                 f"{self.label}: {step}, loss {self.loss:.3f}, {state}", soft_wrap=True
             )
-
-
-def format_bytes(num_bytes: float) -> str:
-    """``1234567`` as ``1.2 MB``, ``123456789`` as ``123 MB`` (powers of 1000)."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            break
-        num_bytes /= 1000
-    decimals = 0 if unit == "B" or num_bytes >= 100 else 1
-    return f"{num_bytes:.{decimals}f} {unit}"

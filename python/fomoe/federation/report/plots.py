@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from fomoe.federation.report.runs import Run
-from fomoe.federation.report.style import color_of, human_bytes
+from fomoe.federation.report.style import color_of
 from fomoe.federation.report.svg import (
     BASELINE,
     class_colors,
@@ -25,6 +25,7 @@ from fomoe.federation.report.svg import (
     to_svg,
     whole_numbers,
 )
+from fomoe.units import human_bytes
 
 __all__ = ["Plot", "figures", "routing_figures"]
 

@@ -17,7 +17,7 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from fomoe.federation.report.style import tick_bytes
+from fomoe.units import tick_bytes
 
 __all__ = [
     "BASELINE",

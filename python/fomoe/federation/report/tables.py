@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from fomoe.federation.report.runs import Run
-from fomoe.federation.report.style import color_of, human_bytes, human_count
+from fomoe.federation.report.style import color_of
+from fomoe.units import human_bytes, human_count
 
 __all__ = ["facts", "findings", "references", "row", "warnings"]
 
