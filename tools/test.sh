@@ -37,6 +37,8 @@ cpp() {
   ctest --test-dir build/cpp-tests --output-on-failure
 }
 
+# One thread: the tensors of tests are so small that handing them between threads takes longest.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 tests() { python -m pytest --durations=5 "$@"; }
 
 use_environment

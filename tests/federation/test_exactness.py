@@ -35,8 +35,9 @@ def assert_equal_to_the_bit(actual, expected):
         variant(strategy="diloco", sites=3),
         variant(strategy="ddp"),
         variant(overlap=1),
+        variant(sites=1, overlap=1),
     ],
-    ids=["4-sites", "3-sites", "average", "diloco", "ddp", "one-holder"],
+    ids=["4-sites", "3-sites", "average", "diloco", "ddp", "one-holder", "one-site"],
 )
 def test_trainer_equals_the_oracle_in_parameters_and_momenta(config, tmp_path):
     expected = train_nano(config)

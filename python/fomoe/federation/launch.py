@@ -78,8 +78,7 @@ class _Coordinator:
         self.checkpoint = None if resume is None else Checkpoint(find_checkpoint(resume))
         self.folder = Path(config.run.folder) if resume is None else resume
         self.first_round = self._check_resume() if self.checkpoint else 0
-        for site in range(self.sites):
-            task.batch(site, 0)  # unreadable, empty or too short a text is found out here
+        task.check()
         self._prepare_folder()
         self.totals = RunTotals(config, task, self.placement)
         if self.checkpoint is not None:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the federation trains: a model, its data and its loss, behind one small interface."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,10 @@ class Task(Protocol):
     @property
     def model_settings(self) -> dict[str, Any]:
         """What rebuilds the model, as JSON-able values; stored with every checkpoint."""
+        ...
+
+    def check(self) -> None:
+        """Raise UserError now for data that would fail in the middle of a run."""
         ...
 
     def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
@@ -83,6 +89,11 @@ class LanguageModelTask:
             self._corpus = load_corpus(self.config.data.paths, max_bytes=self.config.data.max_bytes)
         return self._corpus
 
+    def check(self) -> None:
+        for site in range(self.config.federation.sites):
+            self.batch(site, 0)
+        self._validation_windows()
+
     def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
         model = Decoder(self.model_config, residents)
         initialize(model, self.config.training.seed)
@@ -110,12 +121,7 @@ class LanguageModelTask:
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float:
         total, count = 0.0, 0
-        for windows in validation_batches(
-            self.corpus,
-            sequence_length=self.config.training.sequence_length,
-            num_sequences=self.config.data.validation_sequences,
-            batch_size=self.config.evaluation.batch_size,
-        ):
+        for windows in self._validation_windows():
             tokens = torch.from_numpy(windows)
             with self._precision():
                 logits = model(tokens[:, :-1])
@@ -140,6 +146,14 @@ class LanguageModelTask:
                     }
                 )
         return layers
+
+    def _validation_windows(self) -> Iterator[npt.NDArray[np.int64]]:
+        return validation_batches(
+            self.corpus,
+            sequence_length=self.config.training.sequence_length,
+            num_sequences=self.config.data.validation_sequences,
+            batch_size=self.config.evaluation.batch_size,
+        )
 
     def _precision(self) -> torch.autocast:
         enabled = self.config.training.precision == "bf16"
