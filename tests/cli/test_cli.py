@@ -43,17 +43,21 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
         assert command in text
 
 
-def test_train_gets_the_file_with_overrides_and_resume(config_file: Path, replace):
+def test_train_gets_the_file_with_overrides_and_resume(config_file: Path, replace, capsys):
     calls: list[tuple[Config, Path | None]] = []
-    replace(
-        "fomoe.federation.launch", train=lambda config, *, resume: calls.append((config, resume))
-    )
+
+    def train(config: Config, *, resume: Path | None) -> dict[str, float]:
+        calls.append((config, resume))
+        return {"loss": 2.5, "bigram_entropy": 2.75}
+
+    replace("fomoe.federation.launch", train=train)
     arguments = ["train", "--config", str(config_file), "federation.rounds=3"]
     assert main(arguments) == 0
     assert main([*arguments, "run.folder=here", "--resume", "old"]) == 0
     assert [config.federation.rounds for config, _ in calls] == [3, 3]
     assert calls[1][0].run.folder == "here"
     assert [resume for _, resume in calls] == [None, Path("old")]
+    assert "loss 2.500 nats per byte" in capsys.readouterr().out
 
 
 def test_export_report_and_demo_pass_their_arguments_on(replace):

@@ -26,4 +26,10 @@ def train(
     settings = load_config(config, overrides or [])
     from fomoe.federation.launch import train as run
 
-    run(settings, resume=resume)
+    summary = run(settings, resume=resume)
+    folder = resume or settings.run.folder
+    typer.echo(
+        f"Assembled model: loss {summary['loss']:.3f} nats per byte (bigram entropy of the text "
+        f"{summary['bigram_entropy']:.3f}). Results in {folder}; draw them with: "
+        f"fomoe report {folder}"
+    )
