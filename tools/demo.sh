@@ -9,4 +9,4 @@ use_environment
 cuda=OFF
 if nvidia-smi -L >/dev/null 2>&1; then cuda=AUTO; fi
 install_fomoe report "$cuda"
-exec fomoe demo --folder runs/demo
+exec python -m fomoe demo --folder runs/demo

@@ -40,15 +40,15 @@ use_environment() {
     say "Installing $(grep '^torch==' constraints.txt) from your package index into .venv:"
     say "about 200 MB where the index serves a CPU build, up to 3 GB with the CUDA libraries that"
     say "Linux builds bring. To use a torch of your own instead, activate its environment first."
-    python -m pip install --quiet --disable-pip-version-check "${CONSTRAINTS[@]}" torch numpy
+    python -m pip install --quiet --disable-pip-version-check ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} torch numpy
   fi
 }
 
 install_fomoe() {
   local extras=$1 cuda=$2
-  python -m pip install --quiet --disable-pip-version-check "${CONSTRAINTS[@]}" \
+  python -m pip install --quiet --disable-pip-version-check ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} \
     "scikit-build-core>=1.0" "pybind11>=3" "cmake>=3.28" ninja
   say "Building and installing fomoe (FOMOE_CUDA=$cuda)."
   python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
-    "${CONSTRAINTS[@]}" --config-settings=cmake.define.FOMOE_CUDA="$cuda" ".[$extras]"
+    ${CONSTRAINTS[@]+"${CONSTRAINTS[@]}"} --config-settings=cmake.define.FOMOE_CUDA="$cuda" ".[$extras]"
 }

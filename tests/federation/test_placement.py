@@ -15,6 +15,14 @@ def test_holders_walk_around_the_sites_and_shift_by_one_per_layer():
     assert [placement.owner(0, e) for e in range(4)] == [0, 2, 1, 3]
 
 
+@pytest.mark.parametrize(("sites", "overlap", "num_experts"), [(3, 2, 6), (4, 3, 8), (4, 2, 16)])
+def test_sites_own_about_equally_many_experts(sites, overlap, num_experts):
+    placement = Placement(3, num_experts, sites, overlap)
+    owned = [placement.owner(layer, e) for layer in range(3) for e in range(num_experts)]
+    counts = [owned.count(site) for site in range(sites)]
+    assert max(counts) - min(counts) <= 2
+
+
 @given(
     sites=st.integers(1, 9), overlap=st.integers(1, 9), groups=st.integers(1, 5),
     layers=st.integers(1, 4),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A site's memory never holds a foreign expert, exchange included: every storage is searched."""
 
+import dataclasses
 import gc
 import os
 import pickle
@@ -14,6 +15,7 @@ from fomoe.federation.exchange import Exchange
 from fomoe.federation.launch import train
 from fomoe.federation.parameters import federated_tensors
 from fomoe.federation.placement import Placement
+from fomoe.federation.site import Site
 
 CONFIG = nano.Config(
     sites=4, overlap=2, rounds=2, local_steps=2, warmup=1, num_experts=8, top_k=2, dim=16,
@@ -23,10 +25,11 @@ PLACEMENT = Placement(CONFIG.num_layers, CONFIG.num_experts, CONFIG.sites, CONFI
 SIGNATURE_BYTES = 16
 
 
-def signature(tensor) -> bytes:
-    return (
-        tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()[:SIGNATURE_BYTES]
-    )
+def signatures_of(tensor) -> list[bytes]:
+    """16 bytes from the start and from the middle of a tensor."""
+    flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    middle = flat.numel() // 2
+    return [flat[begin : begin + SIGNATURE_BYTES].numpy().tobytes() for begin in (0, middle)]
 
 
 def all_storages() -> bytes:
@@ -40,64 +43,88 @@ def all_storages() -> bytes:
     return b"|".join(storages.values())
 
 
-class SpyTask(NanoTask):
-    """Makes the site write down its memory around every collective, and its experts' values."""
+class Spy:
+    """Writes down a site's memory around every step of a meeting and after loading a checkpoint,
+    and the values of its experts: weights, moments, outer momentum, and what it sends and gets."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.memory: list[bytes] = []
+        self.values: set[tuple[tuple[int, int], bytes]] = set()
+
+    def look(self, site: Site, more=None) -> None:
+        self.memory.append(all_storages())
+        for tensor in site.tensors:
+            if tensor.is_shared:
+                continue
+            values = [tensor.value]
+            moments = site.optimizer.state.get(tensor.parameter, {})
+            values += [tensor.of(moments[kind]) for kind in ("exp_avg", "exp_avg_sq") if moments]
+            values += [held[tensor.name] for held in (site.outer.momentum, more or {})
+                       if tensor.name in held]  # fmt: skip
+            for value in values:
+                key = tensor.layer, tensor.expert
+                self.values |= {(key, signature) for signature in signatures_of(value)}
+        report = pickle.dumps((site.site, self.memory, self.values))
+        (self.folder / f"{os.getpid()}.pickle").write_bytes(report)
+
+    def watch(self) -> None:
+        """Look before and after these calls of the site in this process."""
+        sites: list[Site] = []
+        reduce, distribute, send = Exchange.reduce, Exchange.distribute, dist.all_to_all_single
+        end_round, load = Site.end_round, Site.load
+
+        def spied_end_round(site, tokens):
+            sites[:] = [site]
+            self.look(site)
+            end_round(site, tokens)
+            self.look(site)
+
+        def spied_load(site, checkpoint):
+            load(site, checkpoint)
+            self.look(site)
+
+        def spied_reduce(exchange, contributions, tokens):
+            self.look(sites[0], contributions)
+            return reduce(exchange, contributions, tokens)
+
+        def spied_distribute(exchange, pieces):
+            result = distribute(exchange, pieces)
+            self.look(sites[0], result)
+            return result
+
+        def spied_send(*arguments, **options):
+            send(*arguments, **options)
+            self.look(sites[0])
+
+        Site.end_round, Site.load = spied_end_round, spied_load
+        Exchange.reduce, Exchange.distribute = spied_reduce, spied_distribute
+        dist.all_to_all_single = spied_send
+
+
+class SpiedTask(NanoTask):
     def __init__(self, config, folder: Path) -> None:
         super().__init__(config)
         self.folder = folder
 
     def build_model(self, residents):
-        model = super().build_model(residents)
-        if residents is not None:
-            self._spy(model)
-        return model
-
-    def _spy(self, model) -> None:
-        memory, values = [], []
-        tensors = federated_tensors(model)
-        send, reduce, distribute = dist.all_to_all_single, Exchange.reduce, Exchange.distribute
-
-        def look(more=None) -> None:
-            memory.append(all_storages())
-            for tensor in tensors:
-                if not tensor.is_shared:
-                    key = tensor.layer, tensor.expert
-                    values.append((key, signature(tensor.value)))
-                    if more is not None:
-                        values.append((key, signature(more[tensor.name])))
-            path = self.folder / f"{os.getpid()}.pickle"
-            site = dist.get_rank() if dist.is_initialized() else None
-            path.write_bytes(pickle.dumps((site, memory, values)))
-
-        def spied_send(*arguments, **options):
-            look()
-            result = send(*arguments, **options)
-            look()
-            return result
-
-        def spied_reduce(exchange, contributions, tokens):
-            look(contributions)
-            result = reduce(exchange, contributions, tokens)
-            look()
-            return result
-
-        def spied_distribute(exchange, pieces):
-            result = distribute(exchange, pieces)
-            look(result)
-            return result
-
-        look()
-        dist.all_to_all_single = spied_send
-        Exchange.reduce, Exchange.distribute = spied_reduce, spied_distribute
+        if residents is not None:  # in a site's process, not in the coordinator
+            Spy(self.folder).watch()
+        return super().build_model(residents)
 
 
 def test_no_storage_of_a_site_holds_a_foreign_expert(tmp_path):
     spies = tmp_path / "spies"
     spies.mkdir()
-    train(settings(CONFIG, tmp_path / "run"), task=SpyTask(CONFIG, spies))
-    reports = sorted(pickle.loads(path.read_bytes()) for path in spies.glob("*.pickle"))
-    assert [site for site, _, _ in reports] == list(range(CONFIG.sites))
+    first = dataclasses.replace(CONFIG, rounds=1)
+    train(settings(first, tmp_path / "run"), task=SpiedTask(first, spies))
+    train(
+        settings(CONFIG, tmp_path / "run"),
+        task=SpiedTask(CONFIG, spies),
+        resume=tmp_path / "run",
+    )
+    reports = [pickle.loads(path.read_bytes()) for path in spies.glob("*.pickle")]
+    assert sorted(site for site, _, _ in reports) == sorted([*range(CONFIG.sites)] * 2)
 
     signatures: dict[tuple[int, int], set[bytes]] = {}
     for _, _, values in reports:
@@ -106,9 +133,9 @@ def test_no_storage_of_a_site_holds_a_foreign_expert(tmp_path):
     initial = nano.initialize(nano.Model(CONFIG), CONFIG.seed)
     for tensor in federated_tensors(initial):
         if not tensor.is_shared:
-            signatures[tensor.layer, tensor.expert].add(signature(tensor.value))
+            signatures[tensor.layer, tensor.expert].update(signatures_of(tensor.value))
     assert len(signatures) == CONFIG.num_layers * CONFIG.num_experts
-    nothing = bytes(SIGNATURE_BYTES)
+    nothing = bytes(SIGNATURE_BYTES)  # an expert that saw no token has moments of zero
 
     for site, memory, _ in reports:
         everything = b"|".join(memory)

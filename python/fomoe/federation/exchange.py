@@ -10,13 +10,14 @@ Summed over the sites, one exchange sends ``2 (M - 1) b`` bytes for shared tenso
 ``2 (holders - 1) b`` for an expert's. No site ever receives a tensor of an expert it does not hold.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fomoe.federation.ledger import SiteLedger
+from fomoe.federation.memory import tensor_bytes
 from fomoe.federation.parameters import FederatedTensor
 from fomoe.federation.placement import Placement
 
@@ -63,7 +64,6 @@ class Exchange:
         placement: Placement,
         site: int,
         ledger: SiteLedger,
-        group: dist.ProcessGroup | None = None,
     ) -> None:
         dtypes = {tensor.parameter.dtype for tensor in tensors}
         if len(dtypes) != 1:
@@ -73,7 +73,6 @@ class Exchange:
         self.site = site
         self.sites = placement.sites
         self.ledger = ledger
-        self.group = group
         self.peak_scratch_bytes = 0
 
         self.shared = [tensor for tensor in tensors if tensor.is_shared]
@@ -98,14 +97,50 @@ class Exchange:
         every owned expert tensor to its mean.
         """
         weights = self._gather_tokens(tokens)
-        outbox = self._flat([contributions[tensor.name] for tensor in self.shared])
-        inbox = self._all_to_all(outbox, self._shard_sizes(), self._own_shards(), "shared")
-        shards = inbox.view(self.sites, inbox.numel() // self.sites).unbind()
-        means = {SHARED_PIECE: weighted_mean(shards, weights)}
+        held = list(contributions.values())
+        shard = self._reduce_shared(contributions, weights, held)
+        experts = self._reduce_experts(contributions, weights, [*held, shard])
+        return {SHARED_PIECE: shard, **experts}
 
-        outbox = self._flat([contributions[t.name] for held in self.held_by_owner for t in held])
+    def distribute(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Send the owned pieces to all who hold them; return one tensor per name of this site."""
+        held = list(pieces.values())
+        shards = pieces[SHARED_PIECE].repeat(self.sites)
+        shared = self._all_to_all(
+            shards, self._own_shards(), self._shard_sizes(), "shared", keep=held
+        )
+        del shards
+        outbox = self._flat([pieces[t.name] for owned in self.owned_by_holder for t in owned])
+        experts = self._all_to_all(
+            outbox,
+            self._sizes(self.owned_by_holder),
+            self._sizes(self.held_by_owner),
+            "expert",
+            keep=[*held, shared],
+        )
+        return self._unpack(shared, self.shared) | self._unpack(
+            experts, [tensor for held in self.held_by_owner for tensor in held]
+        )
+
+    def _reduce_shared(
+        self, contributions: Mapping[str, Tensor], weights: Sequence[float], held: list[Tensor]
+    ) -> Tensor:
+        outbox = self._flat([contributions[tensor.name] for tensor in self.shared])
         inbox = self._all_to_all(
-            outbox, self._sizes(self.held_by_owner), self._sizes(self.owned_by_holder), "expert"
+            outbox, self._shard_sizes(), self._own_shards(), "shared", keep=held
+        )
+        return weighted_mean(inbox.view(self.sites, inbox.numel() // self.sites).unbind(), weights)
+
+    def _reduce_experts(
+        self, contributions: Mapping[str, Tensor], weights: Sequence[float], held: list[Tensor]
+    ) -> dict[str, Tensor]:
+        outbox = self._flat([contributions[t.name] for group in self.held_by_owner for t in group])
+        inbox = self._all_to_all(
+            outbox,
+            self._sizes(self.held_by_owner),
+            self._sizes(self.owned_by_holder),
+            "expert",
+            keep=held,
         )
         received: dict[str, list[tuple[float, Tensor]]] = {}
         offset = 0
@@ -114,41 +149,44 @@ class Exchange:
                 value = inbox[offset : offset + tensor.num_elements]
                 received.setdefault(tensor.name, []).append((weights[holder], value))
                 offset += tensor.num_elements
+        means = {}
         for tensor in self.owned:
             holder_weights, values = zip(*received[tensor.name], strict=True)
             means[tensor.name] = weighted_mean(values, holder_weights).view(tensor.value.shape)
         return means
 
-    def distribute(self, pieces: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Send the owned pieces to all who hold them; return one tensor per name of this site."""
-        outbox = pieces[SHARED_PIECE].repeat(self.sites)
-        shared = self._all_to_all(outbox, self._own_shards(), self._shard_sizes(), "shared")
-        results = self._unpack(shared, self.shared)
-
-        outbox = self._flat([pieces[t.name] for owned in self.owned_by_holder for t in owned])
-        experts = self._all_to_all(
-            outbox, self._sizes(self.owned_by_holder), self._sizes(self.held_by_owner), "expert"
-        )
-        results |= self._unpack(experts, [t for held in self.held_by_owner for t in held])
-        return results
-
     def _gather_tokens(self, tokens: int) -> list[float]:
         mine = torch.tensor([tokens], dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.sites)]
-        dist.all_gather(everyone, mine, group=self.group)
+        dist.all_gather(everyone, mine)
         self.ledger.sent("tokens", mine.numel() * mine.element_size() * (self.sites - 1))
         return [float(count.item()) for count in everyone]
 
     def _all_to_all(
-        self, outbox: Tensor, send: list[int], receive: list[int], traffic_class: str
+        self,
+        outbox: Tensor,
+        send: list[int],
+        receive: list[int],
+        traffic_class: str,
+        *,
+        keep: Sequence[Tensor],
     ) -> Tensor:
+        """``keep``: what else of this meeting is alive now, for the account of memory."""
         inbox = outbox.new_empty(sum(receive))
-        dist.all_to_all_single(inbox, outbox, receive, send, group=self.group)
+        dist.all_to_all_single(inbox, outbox, receive, send)
         crossing = outbox.numel() - send[self.site]  # what a site sends to itself crosses no link
         self.ledger.sent(traffic_class, crossing * outbox.element_size())
-        scratch = (inbox.numel() + outbox.numel()) * outbox.element_size()
-        self.peak_scratch_bytes = max(self.peak_scratch_bytes, scratch)
+        self.peak_scratch_bytes = max(
+            self.peak_scratch_bytes, tensor_bytes([inbox, outbox, *keep], besides=self._of_model())
+        )
         return inbox
+
+    def _of_model(self) -> Iterator[Tensor]:
+        """Parameters and gradients, which contributions may be views of."""
+        for tensor in self.tensors:
+            yield tensor.parameter
+            if tensor.parameter.grad is not None:
+                yield tensor.parameter.grad
 
     def _flat(self, values: Sequence[Tensor]) -> Tensor:
         if not values:

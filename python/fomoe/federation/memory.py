@@ -12,9 +12,11 @@ from torch import Tensor, nn
 __all__ = ["memory_by_class", "peak_rss", "tensor_bytes"]
 
 
-def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages behind the tensors; a storage that several share counts once."""
+def tensor_bytes(tensors: Iterable[Tensor], besides: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages behind the tensors, each counted once, but none of ``besides``."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    for tensor in besides:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storages.values())
 
 

@@ -13,7 +13,11 @@ __all__ = ["Average", "Nesterov", "OuterOptimizer"]
 
 
 class OuterOptimizer(Protocol):
-    """``contribution`` on every holder, ``reduce`` on the owner, ``commit`` on every holder."""
+    """``contribution`` on every holder, ``reduce`` on the owner, ``result`` on every holder.
+
+    ``reduce`` leaves ``momentum`` as it is; ``commit`` takes the new values over, together with the
+    parameters, when a meeting has succeeded.
+    """
 
     momentum: dict[str, Tensor]
     needs_start: bool
@@ -22,7 +26,9 @@ class OuterOptimizer(Protocol):
 
     def reduce(self, name: str, mean: Tensor) -> Tensor: ...
 
-    def commit(self, start: Tensor | None, result: Tensor) -> Tensor: ...
+    def result(self, start: Tensor | None, received: Tensor) -> Tensor: ...
+
+    def commit(self) -> None: ...
 
 
 class Nesterov:
@@ -39,21 +45,25 @@ class Nesterov:
         self.learning_rate = learning_rate
         self.decay = momentum
         self.momentum: dict[str, Tensor] = {}
+        self._next: dict[str, Tensor] = {}
 
     def contribution(self, start: Tensor | None, now: Tensor) -> Tensor:
         assert start is not None
         return start - now
 
     def reduce(self, name: str, mean: Tensor) -> Tensor:
-        """The step to subtract, same shape as ``mean``; updates the momentum of ``name``."""
+        """The step to subtract, same shape as ``mean``."""
         previous = self.momentum.get(name)
         momentum = mean.clone() if previous is None else previous * self.decay + mean
-        self.momentum[name] = momentum
+        self._next[name] = momentum
         return (mean + momentum * self.decay) * self.learning_rate
 
-    def commit(self, start: Tensor | None, result: Tensor) -> Tensor:
+    def result(self, start: Tensor | None, received: Tensor) -> Tensor:
         assert start is not None
-        return start - result
+        return start - received
+
+    def commit(self) -> None:
+        self.momentum, self._next = self.momentum | self._next, {}
 
 
 class Average:
@@ -70,5 +80,8 @@ class Average:
     def reduce(self, name: str, mean: Tensor) -> Tensor:
         return mean
 
-    def commit(self, start: Tensor | None, result: Tensor) -> Tensor:
-        return result
+    def result(self, start: Tensor | None, received: Tensor) -> Tensor:
+        return received
+
+    def commit(self) -> None:
+        pass

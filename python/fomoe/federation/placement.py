@@ -7,6 +7,7 @@ over the layers every site shares experts with more than one group of neighbours
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 from fomoe.errors import UserError
 
@@ -50,12 +51,9 @@ class Placement:
     def owner(self, layer: int, expert: int) -> int:
         """The holder that sums the expert's contributions and takes its outer step.
 
-        The holders of one group take turns over its experts, so that the sites of a group own
-        equally many where that is possible.
+        Over all experts of all layers in order, each goes to the holder that owns fewest so far.
         """
-        holders = self.holders(layer, expert)
-        turn = expert * self.overlap // self.sites
-        return holders[turn % self.overlap]
+        return _owners(self)[layer][expert]
 
     def residents(self, site: int) -> list[tuple[int, ...]]:
         """Per layer, the experts on this site, ascending."""
@@ -63,3 +61,16 @@ class Placement:
             tuple(e for e in range(self.num_experts) if site in self.holders(layer, e))
             for layer in range(self.num_layers)
         ]
+
+
+@cache
+def _owners(placement: Placement) -> list[list[int]]:
+    owned = [0] * placement.sites
+    owners: list[list[int]] = []
+    for layer in range(placement.num_layers):
+        owners.append([])
+        for expert in range(placement.num_experts):
+            owner = min(placement.holders(layer, expert), key=lambda site: owned[site])
+            owned[owner] += 1
+            owners[layer].append(owner)
+    return owners

@@ -117,9 +117,9 @@ class Site:
         )
         with torch.no_grad():
             for tensor in self.tensors:
-                tensor.value.copy_(
-                    self.outer.commit(self.start.get(tensor.name), results[tensor.name])
-                )
+                start = self.start.get(tensor.name)
+                tensor.value.copy_(self.outer.result(start, results[tensor.name]))
+        self.outer.commit()
         self.start = {}
 
     def digests(self) -> dict[str, str]:
@@ -143,8 +143,8 @@ class Site:
         return memory_by_class(self.model, self.optimizer, self.start)
 
     def memory_of_the_meeting(self) -> dict[str, int]:
-        """What a meeting adds: the largest pair of buffers handed to a collective, the momentum of
-        owned tensors, and the peak resident set of the whole process, libraries included."""
+        """What a meeting adds: the most that its contributions, buffers and means took at once at
+        a collective, the momentum of owned tensors, and the peak resident set of the process."""
         return {
             "outer_momentum": tensor_bytes(self.outer.momentum.values()),
             "exchange_buffers": self.exchange.peak_scratch_bytes,
