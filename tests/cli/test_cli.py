@@ -64,14 +64,14 @@ def test_export_report_and_demo_pass_their_arguments_on(replace):
     calls: list[Any] = []
     replace("fomoe.federation.checkpoint", export=lambda *a: calls.append(a))
     replace("fomoe.federation.report", write_report=lambda *a: calls.append(a))
-    replace("fomoe.demo", run=lambda **k: calls.append(k))
+    replace("fomoe.demo", run=lambda **k: calls.append(k) or {"verdicts": []})
     assert main(["export", "run", "model.safetensors"]) == 0
     assert main(["report", "a", "b", "--output", "r.html"]) == 0
     assert main(["demo", "--folder", "x", "--seed", "5"]) == 0
     assert calls == [
         (Path("run"), Path("model.safetensors")),
         ([Path("a"), Path("b")], Path("r.html")),
-        {"folder": Path("x"), "seed": 5},
+        {"folder": Path("x"), "seed": 5, "overrides": []},
     ]
 
 

@@ -89,14 +89,13 @@ def test_settings_survive_json_and_are_frozen(tmp_path: Path):
         config.federation.rounds = 3  # type: ignore[misc]
 
 
-def test_a_named_model_survives_json_and_is_replaced_by_its_fields(tmp_path: Path):
+def test_a_named_model_survives_json_and_keeps_its_own_vocabulary(tmp_path: Path):
     config = load(tmp_path, FOMOE + '[model]\nname = "small"\nvocab_size = 300')
     assert config.to_dict()["model"] == {"name": "small", "vocab_size": 300}
     assert Config.from_dict(config.to_dict()) == config
-    resolved = config.with_model(vocab_size=300, dim=32, num_heads=2, num_experts=6)
-    assert (resolved.model.name, resolved.model.dim, resolved.model.head_dim) == (None, 32, 16)
-    with pytest.raises(UserError, match=r"model\.name = 'small': model\.num_experts = 7 times"):
-        config.with_model(num_experts=7)
+    own = load(tmp_path, FOMOE + '[model]\nname = "small"')
+    assert own.to_dict()["model"] == {"name": "small"}
+    assert "vocab_size" not in Config.from_dict(own.to_dict()).model.model_fields_set
 
 
 @pytest.mark.parametrize(

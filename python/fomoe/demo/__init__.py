@@ -4,6 +4,7 @@
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,26 @@ from fomoe.units import human_bytes, human_count
 __all__ = ["STRATEGIES", "run"]
 
 STRATEGIES = ("ddp", "diloco", "fomoe")
+_MARKER = ".fomoe-demo"
 
 
-def run(*, folder: Path, seed: int = 0) -> dict[str, Any]:
+def run(*, folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Train the three strategies, print one table, write ``summary.json`` and ``report.html``.
 
-    An earlier demo in ``folder`` is replaced; any other folder is refused.
+    ``overrides`` are settings that win over the demo's, as ``section.key=value``. Returns the
+    content of ``summary.json``.
+
+    Raises
+    ------
+    UserError
+        When ``folder`` holds anything but an earlier demo, which is replaced.
     """
     _clear(folder)
     begin = time.perf_counter()
-    runs = {strategy: train(_config(strategy, folder / strategy, seed)) for strategy in STRATEGIES}
+    runs = {
+        strategy: train(_config(strategy, folder / strategy, seed, overrides))
+        for strategy in STRATEGIES
+    }
     result: dict[str, Any] = {
         "seed": seed,
         "commit": runs["fomoe"]["commit"],
@@ -49,28 +60,31 @@ def run(*, folder: Path, seed: int = 0) -> dict[str, Any]:
     return result
 
 
-def _config(strategy: str, folder: Path, seed: int) -> Config:
+def _config(strategy: str, folder: Path, seed: int, more: Sequence[str]) -> Config:
     overrides = [
+        *more,
         f"federation.strategy={strategy}",
         f"run.folder={json.dumps(str(folder))}",
         f"training.seed={seed}",
     ]
     with as_file(files(__name__) / "demo.toml") as path:
         if strategy != "fomoe":  # they hold every expert on every site
-            sites = load_config(path).federation.sites
+            sites = load_config(path, more).federation.sites
             overrides.append(f"federation.overlap={sites}")
         return load_config(path, overrides)
 
 
 def _clear(folder: Path) -> None:
-    strangers = [path for path in folder.glob("*") if path.name not in _OWN_FILES]
-    if strangers:
-        raise UserError(f"{folder} holds {strangers[0].name}, which is no part of a demo")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-_OWN_FILES = {*STRATEGIES, "summary.json", "report.html"}
+    """Make ``folder`` an empty one that is marked as a demo's; only such a one is ever emptied."""
+    try:
+        if (folder / _MARKER).is_file():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} is not empty and holds no earlier demo: choose another")
+        write_text(folder / _MARKER, "Written by fomoe demo, which may delete this folder.\n")
+    except OSError as error:
+        raise UserError(f"cannot use {folder} for the demo: {error.strerror}") from error
 
 
 def _print(console: Console, result: dict[str, Any]) -> None:

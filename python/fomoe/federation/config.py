@@ -28,12 +28,13 @@ __all__ = [
     "load_config",
 ]
 
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Field(ge=0, le=10**12)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 NotNegative = Annotated[float, Field(ge=0)]
+_NO_NUL = r"^[^\x00]*$"  # no file system takes it
 
 
 class _Section(BaseModel):
@@ -43,8 +44,7 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """The decoder: the fields of fomoe.models.DecoderConfig, or `name`, one of its named ones.
 
-    With `name`, only `vocab_size` may be set beside it; `Config.with_model` puts the named one's
-    fields in place.
+    With `name`, only `vocab_size` may be set beside it, and wins over the named one's.
     """
 
     name: str | None = None
@@ -159,18 +159,18 @@ class OptimizerConfig(_Section):
 class TrainingConfig(_Section):
     """What one site computes with. `batch_size` counts sequences per site and step."""
 
-    batch_size: Count = 8
-    sequence_length: Count = 256
+    batch_size: Annotated[int, Field(ge=1, le=10**6)] = 8
+    sequence_length: Annotated[int, Field(ge=1, le=10**7)] = 256
     seed: CountOrZero = 0
     precision: Literal["fp32", "bf16"] = "fp32"
-    threads: CountOrZero = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads per site, 0 for max(1, cores // sites)."""
 
 
 class DataConfig(_Section):
     """The text (see fomoe.data.load_corpus). Relative paths start at the current directory."""
 
-    paths: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    paths: Annotated[tuple[Annotated[str, Field(pattern=_NO_NUL)], ...], Field(strict=False)] = ()
     """Files and folders, one domain each; none: the text that every Python brings along."""
     domain_per_site: bool = False
     max_bytes: CountOrZero = 0
@@ -196,7 +196,7 @@ class EvaluationConfig(_Section):
 class RunConfig(_Section):
     """Where results go. Relative folders start at the current directory."""
 
-    folder: Annotated[str, Field(min_length=1)] = "runs/train"
+    folder: Annotated[str, Field(min_length=1, pattern=_NO_NUL)] = "runs/train"
     save: bool = True
     """Whether to write a checkpoint at the end."""
 
@@ -234,7 +234,7 @@ class Config(_Section):
         """The settings as JSON-able values, for manifests; `from_dict` gives an equal Config."""
         settings = self.model_dump(mode="json")
         if self.model.name is not None:
-            settings["model"] = {"name": self.model.name, "vocab_size": self.model.vocab_size}
+            settings["model"] = {key: settings["model"][key] for key in self.model.model_fields_set}
         return settings
 
     @classmethod
@@ -247,17 +247,6 @@ class Config(_Section):
             One sentence that starts with `source` and names the key.
         """
         return _validate(settings, source, {})
-
-    def with_model(self, **fields: Any) -> "Config":
-        """A copy with exactly `fields` as its model section, for what `model.name` stands for.
-
-        Raises
-        ------
-        UserError
-            The fields do not fit each other or the federation.
-        """
-        source = f"model.name = {self.model.name!r}" if self.model.name else "model"
-        return _validate(self.to_dict() | {"model": fields}, source, {})
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.data import Corpus, SiteBatches, load_corpus, validation_batches
+from fomoe.errors import UserError
 from fomoe.federation.config import Config, ModelConfig
 from fomoe.models import Decoder, DecoderConfig, configuration
 from fomoe.nn import MoE, auxiliary_loss, initialize
@@ -163,7 +164,13 @@ class LanguageModelTask:
 def _decoder_config(settings: ModelConfig) -> DecoderConfig:
     if settings.name is None:
         return DecoderConfig(**settings.model_dump(exclude={"name"}))
-    return replace(configuration(settings.name), vocab_size=settings.vocab_size)
+    try:
+        named = configuration(settings.name)
+    except ValueError as error:
+        raise UserError(f"model.name: {error}") from None
+    if "vocab_size" in settings.model_fields_set:
+        return replace(named, vocab_size=settings.vocab_size)
+    return named
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
