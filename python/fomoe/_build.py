@@ -2,11 +2,24 @@
 """What this installation was built with and what it finds on this machine."""
 
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 import fomoe._C as _C
+
+
+def source_commit() -> str:
+    """The commit this code is from: git's answer for a checkout, else the one it was built from."""
+    root = Path(__file__).parents[2]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode == 0:
+            return run.stdout.strip()
+    return _C.commit
 
 
 def build_info() -> dict[str, str]:
@@ -16,7 +29,7 @@ def build_info() -> dict[str, str]:
     else:
         cuda = "not compiled (no nvcc at build time, or FOMOE_CUDA=OFF)"
     return {
-        "fomoe": f"{version('fomoe')}, commit {_C.commit}",
+        "fomoe": f"{version('fomoe')}, commit {source_commit()}, built from {_C.commit}",
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (built against {_C.torch_version}, stable ABI 2.11)",
         "compiler": _C.compiler,
