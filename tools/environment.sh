@@ -7,7 +7,7 @@ say() { printf '\033[1m%s\033[0m\n' "$*"; }
 
 has_torch() {
   "$1" -c 'import torch, sys
-sys.exit(tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11))' 2>/dev/null
+sys.exit(sys.version_info < (3, 11) or tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 11))' 2>/dev/null
 }
 
 find_python() {
@@ -30,9 +30,14 @@ use_environment() {
     return
   fi
   base=$(find_python) || return 1
-  if [ ! -x .venv/bin/python ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     say "Making the virtual environment .venv with $base."
-    "$base" -m venv .venv
+    rm -rf .venv
+    if ! "$base" -m venv .venv; then
+      rm -rf .venv
+      echo "error: $base cannot make a virtual environment (Debian: apt install python3-venv)" >&2
+      return 1
+    fi
   fi
   export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
   CONSTRAINTS=(-c constraints.txt)

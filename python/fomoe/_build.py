@@ -3,6 +3,7 @@
 
 import platform
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,8 +17,8 @@ def source_commit() -> str:
     root = Path(__file__).parents[2]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode == 0:
+        with suppress(OSError, subprocess.SubprocessError):  # no git, or one that does not answer
+            run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
             return run.stdout.strip()
     return _C.commit
 

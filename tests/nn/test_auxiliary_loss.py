@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fomoe.nn import MoE, MoEConfig, auxiliary_loss
 
@@ -83,12 +84,21 @@ def test_a_forward_without_gradients_leaves_a_loss_without_graph():
     moe = layer()
     with torch.no_grad():
         moe(torch.tensor([FIRST, SECOND]))
-    assert not moe.auxiliary_loss.requires_grad
+        assert not moe.auxiliary_loss.requires_grad
     with torch.inference_mode():
         moe(torch.tensor([FIRST, SECOND]))
-    assert moe.auxiliary_loss.item() == pytest.approx(1.0)
+        assert moe.auxiliary_loss.item() == pytest.approx(1.0)
     moe(torch.tensor([FIRST, SECOND]))
     moe.auxiliary_loss.backward()
+
+
+def test_a_loss_that_would_silently_do_nothing_is_refused():
+    moe = layer()
+    x = torch.tensor([FIRST, SECOND]).requires_grad_()
+    checkpoint(moe, x, use_reentrant=True)  # its first forward runs without gradients
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        _ = moe.auxiliary_loss
+    assert moe.eval().auxiliary_loss.item() == pytest.approx(1.0)
 
 
 def test_before_a_forward_there_is_no_loss():

@@ -2,5 +2,5 @@
 """Training one model across sites: settings, placement, exchange, ledger, checkpoint, report.
 
 Start with :mod:`fomoe.federation.launch` (a run) and :mod:`fomoe.federation.site` (one site). The
-package imports nothing by itself, so that reading settings needs no torch.
+package imports nothing by itself.
 """

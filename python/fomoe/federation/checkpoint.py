@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fomoe.errors import UserError
 from fomoe.files import write_whole
+from fomoe.models import MODEL_FORMAT_VERSION
 
 __all__ = [
     "FORMAT_VERSION",
@@ -196,7 +197,11 @@ def export(run: Path, out: Path) -> None:
     """
     checkpoint = Checkpoint(find_checkpoint(run))
     checkpoint.verify()
-    metadata = {"format": "pt", "fomoe_model": json.dumps(checkpoint.manifest["model"])}
+    metadata = {
+        "format": "pt",
+        "fomoe_format_version": str(MODEL_FORMAT_VERSION),
+        "fomoe_model": json.dumps(checkpoint.manifest["model"]),
+    }
     try:
         write_whole(out, lambda path: save_file(checkpoint.model(), path, metadata))
     except (OSError, SafetensorError) as error:

@@ -3,11 +3,12 @@
 
 from fomoe.models.configurations import CONFIGURATIONS, configuration
 from fomoe.models.decoder import Decoder, DecoderConfig
-from fomoe.models.files import load_model
+from fomoe.models.files import MODEL_FORMAT_VERSION, load_model
 from fomoe.models.parameter_count import ParameterCount, parameter_count
 
 __all__ = [
     "CONFIGURATIONS",
+    "MODEL_FORMAT_VERSION",
     "Decoder",
     "DecoderConfig",
     "ParameterCount",

@@ -12,7 +12,9 @@ from fomoe.errors import UserError
 from fomoe.models.decoder import Decoder, DecoderConfig
 from fomoe.nn import named_tensors
 
-__all__ = ["load_model"]
+__all__ = ["MODEL_FORMAT_VERSION", "load_model"]
+
+MODEL_FORMAT_VERSION = 1
 
 
 def load_model(
@@ -29,13 +31,32 @@ def load_model(
     """
     try:
         with safe_open(path, framework="pt") as file:
-            settings = (file.metadata() or {}).get("fomoe_model")
-            if settings is None:
-                raise UserError(f"{path} has no fomoe model in its header: use fomoe export")
-            model = Decoder(DecoderConfig(**json.loads(settings)), resident_experts)
+            config = _config(path, file.metadata() or {})
+            model = Decoder(config, resident_experts)
             with torch.no_grad():
                 for name, tensor in named_tensors(model):
-                    tensor.copy_(file.get_tensor(name))
+                    value = file.get_tensor(name)
+                    if value.shape != tensor.shape:
+                        raise UserError(
+                            f"{path}: {name} must have shape {tuple(tensor.shape)}, "
+                            f"got {tuple(value.shape)}"
+                        )
+                    tensor.copy_(value)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read model {path}: {error}") from error
     return model.eval()
+
+
+def _config(path: str | Path, header: dict[str, str]) -> DecoderConfig:
+    if "fomoe_model" not in header:
+        raise UserError(f"{path} has no fomoe model in its header: use fomoe export")
+    try:
+        version = int(header["fomoe_format_version"])
+        if version > MODEL_FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format version {version}; "
+                f"this fomoe reads up to {MODEL_FORMAT_VERSION}"
+            )
+        return DecoderConfig(**json.loads(header["fomoe_model"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: the header does not describe a fomoe model: {error}") from error

@@ -211,10 +211,19 @@ class MoE(nn.Module):
         Raises
         ------
         RuntimeError
-            If no forward has run since the layer was made, copied or loaded.
+            If no forward has run since the layer was made, copied or loaded; or, in training, if
+            the last one ran without gradients, so that the loss would silently do nothing.
         """
         if self._auxiliary_loss is None:
             raise RuntimeError("MoE: auxiliary_loss is there after a forward, and none has run")
+        expects_graph = (
+            self.training and torch.is_grad_enabled() and self.router.weight.requires_grad
+        )
+        if expects_graph and not self._auxiliary_loss.requires_grad:
+            raise RuntimeError(
+                "MoE: auxiliary_loss has no gradient, because the last forward ran without: "
+                "with activation checkpointing, set use_reentrant=False"
+            )
         return self._auxiliary_loss
 
     def statistics(self) -> RouterStatistics:
