@@ -36,10 +36,9 @@ stage() {
 build() { install_fomoe "${FOMOE_EXTRAS:-test}" "${FOMOE_CUDA:-AUTO}"; }
 
 cpp() {
-  cmake -S . -B build/cpp-tests -G Ninja -DFOMOE_BUILD_PYTHON=OFF -DFOMOE_BUILD_TESTS=ON \
-    -DFOMOE_BUILD_BENCH=ON -DFOMOE_SANITIZE=ON -DFOMOE_CUDA=OFF >/dev/null
-  cmake --build build/cpp-tests
-  ctest --test-dir build/cpp-tests --output-on-failure
+  cmake --preset cpp-tests >/dev/null
+  cmake --build --preset cpp-tests
+  ctest --preset cpp-tests
 }
 
 # One thread: the tensors of tests are so small that handing them between threads takes longest.
