@@ -13,15 +13,15 @@ namespace {
 struct ExpertMlpArgs {
   ExpertMlpArgs(const char* op, const Tensor& x, const Tensor& weights, const Tensor& w1,
                 const Tensor& w2, const Tensor& slot_to_row, const Tensor& row_to_slot,
-                const Tensor& offsets, const std::string& activation) {
-    check(activation == "swiglu" || activation == "silu", "fomoe::", op,
-          ": activation must be 'swiglu' or 'silu', got '", activation, "'");
+                const Tensor& offsets, int64_t activation) {
+    check(activation == 0 || activation == 1, "fomoe::", op,
+          ": activation must be 0 (swiglu) or 1 (silu), got ", activation);
+    mlp.activation = static_cast<Activation>(activation);
     float_dtype(op, "x", x);
     check_dtype(op, "weights", weights, accumulate_type(x.scalar_type()));
     check_dtype(op, "w1", w1, x.scalar_type());
     check_dtype(op, "w2", w2, x.scalar_type());
-    const bool is_gated = activation == "swiglu";
-    mlp.activation = is_gated ? Activation::kSwiglu : Activation::kSilu;
+    const bool is_gated = mlp.activation == Activation::kSwiglu;
     mlp.routing = routing_of(op, slot_to_row, row_to_slot, offsets, routing_holder);
     mlp.w1 = expert_matrices_of(op, "w1", w1, w1_holder);
     mlp.w2 = expert_matrices_of(op, "w2", w2, w2_holder);
@@ -49,7 +49,7 @@ struct ExpertMlpArgs {
 std::tuple<Tensor, Tensor> expert_mlp_cpu(const Tensor& x, const Tensor& weights, const Tensor& w1,
                                           const Tensor& w2, const Tensor& slot_to_row,
                                           const Tensor& row_to_slot, const Tensor& offsets,
-                                          std::string activation) {
+                                          int64_t activation) {
   const ExpertMlpArgs args("expert_mlp", x, weights, w1, w2, slot_to_row, row_to_slot, offsets,
                            activation);
   const ExpertMlp& mlp = args.mlp;
@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor> expert_mlp_cpu(const Tensor& x, const Tensor& weights
 std::tuple<Tensor, Tensor, Tensor, Tensor> expert_mlp_backward_cpu(
     const Tensor& grad_y, const Tensor& x, const Tensor& weights, const Tensor& w1,
     const Tensor& w2, const Tensor& pre_activation, const Tensor& slot_to_row,
-    const Tensor& row_to_slot, const Tensor& offsets, std::string activation) {
+    const Tensor& row_to_slot, const Tensor& offsets, int64_t activation) {
   const char* op = "expert_mlp_backward";
   const ExpertMlpArgs args(op, x, weights, w1, w2, slot_to_row, row_to_slot, offsets, activation);
   const ExpertMlp& mlp = args.mlp;

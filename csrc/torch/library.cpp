@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas of torch.ops.fomoe, all in one place; each op's file registers its implementation.
+// None has a str: the stable ABI leaks the string of every call. Choices are codes of enums.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(fomoe, m) {
   m.def(
-      "topk_gate(Tensor logits, int top_k, str score, bool renormalize, float scale) "
+      "topk_gate(Tensor logits, int top_k, int score, bool renormalize, float scale) "
       "-> (Tensor weights, Tensor prob_sum, Tensor z_sum, Tensor ids, Tensor counts)");
   m.def(
       "topk_gate_backward(Tensor? grad_weights, Tensor? grad_prob_sum, Tensor? grad_z_sum, "
-      "Tensor logits, Tensor ids, str score, bool renormalize, float scale) -> Tensor");
+      "Tensor logits, Tensor ids, int score, bool renormalize, float scale) -> Tensor");
 
   m.def(
       "route(Tensor ids, Tensor expert_map, int num_local_experts) "
@@ -29,9 +30,9 @@ STABLE_TORCH_LIBRARY(fomoe, m) {
 
   m.def(
       "expert_mlp(Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor slot_to_row, "
-      "Tensor row_to_slot, Tensor offsets, str activation) -> (Tensor y, Tensor pre_activation)");
+      "Tensor row_to_slot, Tensor offsets, int activation) -> (Tensor y, Tensor pre_activation)");
   m.def(
       "expert_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor w1, Tensor w2, "
       "Tensor pre_activation, Tensor slot_to_row, Tensor row_to_slot, Tensor offsets, "
-      "str activation) -> (Tensor d_x, Tensor d_weights, Tensor d_w1, Tensor d_w2)");
+      "int activation) -> (Tensor d_x, Tensor d_weights, Tensor d_w1, Tensor d_w2)");
 }

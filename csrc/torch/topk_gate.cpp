@@ -9,7 +9,7 @@
 namespace fomoe::binding {
 namespace {
 
-Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, const std::string& score,
+Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, int64_t score,
              bool renormalize, double scale) {
   check_shape(op, "logits", logits, {-1, -1}, "(T, E)");
   const int64_t num_experts = logits.size(1);
@@ -17,17 +17,15 @@ Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, const std::str
         " experts, got shape ", shape_of(logits));
   check(1 <= top_k && top_k <= num_experts, "fomoe::", op, ": top_k must be in [1, ", num_experts,
         "], got ", top_k);
-  check(score == "softmax" || score == "sigmoid", "fomoe::", op,
-        ": score must be 'softmax' or 'sigmoid', got '", score, "'");
-  return Gate{logits.size(0), num_experts,
-              top_k,          score == "softmax" ? GateScore::kSoftmax : GateScore::kSigmoid,
-              renormalize,    scale};
+  check(score == 0 || score == 1, "fomoe::", op,
+        ": score must be 0 (softmax) or 1 (sigmoid), got ", score);
+  return {logits.size(0), num_experts, top_k, static_cast<GateScore>(score), renormalize, scale};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(const Tensor& logits,
-                                                                 int64_t top_k, std::string score,
+                                                                 int64_t top_k, int64_t score,
                                                                  bool renormalize, double scale) {
   const DType dtype = float_dtype("topk_gate", "logits", logits);
   const Gate gate = gate_of("topk_gate", logits, top_k, score, renormalize, scale);
@@ -50,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(const Tensor& l
 
 Tensor topk_gate_backward_cpu(std::optional<Tensor> grad_weights,
                               std::optional<Tensor> grad_prob_sum, std::optional<Tensor> grad_z_sum,
-                              const Tensor& logits, const Tensor& ids, std::string score,
+                              const Tensor& logits, const Tensor& ids, int64_t score,
                               bool renormalize, double scale) {
   const char* op = "topk_gate_backward";
   const DType dtype = float_dtype(op, "logits", logits);

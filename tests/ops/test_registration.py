@@ -10,13 +10,14 @@ from samples import SAMPLES, gradient_like, leaf, name_of, sum_dtype
 from torch.library import opcheck
 
 from fomoe import ops
+from fomoe.ops._names import ACTIVATIONS, GATE_SCORES
 
 OPS = torch.ops.fomoe
 CHECKED = [s for s in SAMPLES if s.name in ("some ghosts", "no tokens", "not contiguous")]
 
 
 def topk_gate(sample, dtype):
-    logits, settings = leaf(sample.logits(dtype)), ("sigmoid", True, 2.0)
+    logits, settings = leaf(sample.logits(dtype)), (GATE_SCORES["sigmoid"], True, 2.0)
     yield OPS.topk_gate, (logits, sample.top_k, *settings)
     gate = ops.topk_gate(logits.detach(), sample.top_k)
     gradients = (gradient_like(gate.weights), None, gradient_like(gate.z_sum))
@@ -49,11 +50,11 @@ def grouped_gemm(sample, dtype):
 
 def expert_mlp(sample, dtype):
     tensors = (sample.x(dtype), sample.weights(dtype), sample.w1(dtype), sample.w2(dtype))
-    routing = sample.routing()
-    yield OPS.expert_mlp, (*map(leaf, tensors), *routing, "swiglu")
-    _, pre_activation = OPS.expert_mlp(*tensors, *routing, "swiglu")
+    routing, swiglu = sample.routing(), ACTIVATIONS["swiglu"]
+    yield OPS.expert_mlp, (*map(leaf, tensors), *routing, swiglu)
+    _, pre_activation = OPS.expert_mlp(*tensors, *routing, swiglu)
     grad_y = gradient_like(tensors[0])
-    yield OPS.expert_mlp_backward, (grad_y, *tensors, pre_activation, *routing, "swiglu")
+    yield OPS.expert_mlp_backward, (grad_y, *tensors, pre_activation, *routing, swiglu)
 
 
 CALLS = [topk_gate, route, permute, combine, grouped_gemm, expert_mlp]

@@ -15,7 +15,7 @@
 
 namespace fomoe {
 
-enum class Activation : int32_t { kSwiglu, kSilu };
+enum class Activation : int32_t { kSwiglu = 0, kSilu = 1 };
 
 struct ExpertMlp {
   Activation activation;

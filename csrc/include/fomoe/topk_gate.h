@@ -17,7 +17,7 @@ namespace fomoe {
 inline constexpr int64_t kMaxExperts = 4096;
 inline constexpr int64_t kTokensPerBlock = 128;
 
-enum class GateScore : int32_t { kSoftmax, kSigmoid };
+enum class GateScore : int32_t { kSoftmax = 0, kSigmoid = 1 };
 
 struct Gate {
   int64_t num_tokens;   // T

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
+from fomoe.ops._names import ACTIVATIONS, code_of
 from fomoe.ops.types import Routing
 
 
@@ -49,7 +50,8 @@ def expert_mlp(
     RuntimeError
         When a shape, dtype or setting does not fit; the message names op, argument, expected, got.
     """
-    y: Tensor = torch.ops.fomoe.expert_mlp(x, weights, w1, w2, *routing, activation)[0]
+    code = code_of("expert_mlp", "activation", activation, ACTIVATIONS)
+    y: Tensor = torch.ops.fomoe.expert_mlp(x, weights, w1, w2, *routing, code)[0]
     return y
 
 
@@ -62,7 +64,7 @@ def _fake(
     slot_to_row: Tensor,
     row_to_slot: Tensor,
     offsets: Tensor,
-    activation: str,
+    activation: int,
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(row_to_slot.shape[0], w1.shape[1])
 
@@ -78,7 +80,7 @@ def _fake_backward(
     slot_to_row: Tensor,
     row_to_slot: Tensor,
     offsets: Tensor,
-    activation: str,
+    activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
@@ -92,10 +94,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, weights, w1, w2, *routing, ctx.activation = inputs
     pre_activation = output[1]
     ctx.mark_non_differentiable(pre_activation)
+    ctx.set_materialize_grads(False)  # else autograd fills zeros as large as the pre-activation
     ctx.save_for_backward(x, weights, w1, w2, pre_activation, *routing)
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_pre_activation: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_y: Tensor | None, grad_pre_activation: None
+) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 8
     gradients = torch.ops.fomoe.expert_mlp_backward(grad_y, *ctx.saved_tensors, ctx.activation)
     return *gradients, None, None, None, None
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
+from fomoe.ops._names import GATE_SCORES, code_of
 from fomoe.ops.types import GateOutput
 
 
@@ -52,15 +53,16 @@ def topk_gate(
     RuntimeError
         When a shape, dtype or setting does not fit; the message names op, argument, expected, got.
     """
+    code = code_of("topk_gate", "score", score, GATE_SCORES)
     weights, prob_sum, z_sum, ids, counts = torch.ops.fomoe.topk_gate(
-        logits, top_k, score, renormalize, scale
+        logits, top_k, code, renormalize, scale
     )
     return GateOutput(ids, weights, counts, prob_sum, z_sum)
 
 
 @torch.library.register_fake("fomoe::topk_gate")
 def _fake(
-    logits: Tensor, top_k: int, score: str, renormalize: bool, scale: float
+    logits: Tensor, top_k: int, score: int, renormalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
     sum_dtype = torch.promote_types(logits.dtype, torch.float32)
@@ -80,7 +82,7 @@ def _fake_backward(
     grad_z_sum: Tensor | None,
     logits: Tensor,
     ids: Tensor,
-    score: str,
+    score: int,
     renormalize: bool,
     scale: float,
 ) -> Tensor:

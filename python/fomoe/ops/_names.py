@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The codes by which the ops know named choices: the enums of csrc/include/fomoe.
+
+A str in a schema would leak its string on every call through torch's stable ABI.
+"""
+
+from collections.abc import Mapping
+
+GATE_SCORES = {"softmax": 0, "sigmoid": 1}
+ACTIVATIONS = {"swiglu": 0, "silu": 1}
+
+
+def code_of(op: str, argument: str, name: str, codes: Mapping[str, int]) -> int:
+    """The code of ``name``; a RuntimeError that names the argument if there is none."""
+    if name not in codes:
+        expected = " or ".join(repr(choice) for choice in codes)
+        raise RuntimeError(f"fomoe::{op}: {argument} must be {expected}, got {name!r}")
+    return codes[name]
