@@ -21,6 +21,7 @@ Tensor dense_weights(const char* op, const Tensor& weights, const Tensor& rows,
 
 Tensor combine_cpu(const Tensor& rows, std::optional<Tensor> weights, const Tensor& slot_to_row,
                    const Tensor& row_to_slot, const Tensor& offsets) {
+  adopt_num_threads();
   const DType dtype = float_dtype("combine", "rows", rows);
   RoutingTensors holder;
   const Routing routing = routing_of("combine", slot_to_row, row_to_slot, offsets, holder);
@@ -37,6 +38,7 @@ std::tuple<Tensor, Tensor> combine_backward_cpu(const Tensor& grad_y, const Tens
                                                 const Tensor& weights, const Tensor& slot_to_row,
                                                 const Tensor& row_to_slot, const Tensor& offsets) {
   const char* op = "combine_backward";
+  adopt_num_threads();
   const DType dtype = float_dtype(op, "rows", rows);
   RoutingTensors holder;
   const Routing routing = routing_of(op, slot_to_row, row_to_slot, offsets, holder);

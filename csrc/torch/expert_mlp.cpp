@@ -14,6 +14,7 @@ struct ExpertMlpArgs {
   ExpertMlpArgs(const char* op, const Tensor& x, const Tensor& weights, const Tensor& w1,
                 const Tensor& w2, const Tensor& slot_to_row, const Tensor& row_to_slot,
                 const Tensor& offsets, int64_t activation) {
+    adopt_num_threads();
     check(activation == 0 || activation == 1, "fomoe::", op,
           ": activation must be 0 (swiglu) or 1 (silu), got ", activation);
     mlp.activation = static_cast<Activation>(activation);

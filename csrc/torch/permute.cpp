@@ -7,6 +7,7 @@ namespace fomoe::binding {
 
 Tensor permute_cpu(const Tensor& x, const Tensor& slot_to_row, const Tensor& row_to_slot,
                    const Tensor& offsets) {
+  adopt_num_threads();
   const DType dtype = float_dtype("permute", "x", x);
   RoutingTensors holder;
   const Routing routing = routing_of("permute", slot_to_row, row_to_slot, offsets, holder);

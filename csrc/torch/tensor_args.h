@@ -31,6 +31,10 @@ inline void check(bool condition, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
+/// Hands torch.set_num_threads to OpenMP on the calling thread, as torch's own ops do: OpenMP keeps
+/// the number per thread, and torch sets it when a thread first asks.
+inline void adopt_num_threads() { torch::stable::get_num_threads(); }
+
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
   text << "(";

@@ -9,16 +9,16 @@
 namespace fomoe::binding {
 namespace {
 
-Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, int64_t score,
-             bool renormalize, double scale) {
+Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, int64_t score, bool renormalize,
+             double scale) {
   check_shape(op, "logits", logits, {-1, -1}, "(T, E)");
   const int64_t num_experts = logits.size(1);
   check(num_experts <= kMaxExperts, "fomoe::", op, ": logits must have at most ", kMaxExperts,
         " experts, got shape ", shape_of(logits));
   check(1 <= top_k && top_k <= num_experts, "fomoe::", op, ": top_k must be in [1, ", num_experts,
         "], got ", top_k);
-  check(score == 0 || score == 1, "fomoe::", op,
-        ": score must be 0 (softmax) or 1 (sigmoid), got ", score);
+  check(score == 0 || score == 1, "fomoe::", op, ": score must be 0 (softmax) or 1 (sigmoid), got ",
+        score);
   return {logits.size(0), num_experts, top_k, static_cast<GateScore>(score), renormalize, scale};
 }
 
@@ -27,6 +27,7 @@ Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, int64_t score,
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(const Tensor& logits,
                                                                  int64_t top_k, int64_t score,
                                                                  bool renormalize, double scale) {
+  adopt_num_threads();
   const DType dtype = float_dtype("topk_gate", "logits", logits);
   const Gate gate = gate_of("topk_gate", logits, top_k, score, renormalize, scale);
   const ScalarType sum_type = accumulate_type(logits.scalar_type());
@@ -51,6 +52,7 @@ Tensor topk_gate_backward_cpu(std::optional<Tensor> grad_weights,
                               const Tensor& logits, const Tensor& ids, int64_t score,
                               bool renormalize, double scale) {
   const char* op = "topk_gate_backward";
+  adopt_num_threads();
   const DType dtype = float_dtype(op, "logits", logits);
   check_dtype(op, "ids", ids, ScalarType::Int);
   check_shape(op, "ids", ids, {-1, -1}, "(T, K)");

@@ -33,6 +33,17 @@ TEST(the_backward_scales_the_gradient_and_dots_it_with_the_row) {
   CHECK_EQUAL(d_weights, (std::vector<float>{10, 5, 0, 21}));
 }
 
+TEST(a_slot_that_no_row_points_back_to_gets_a_zero_gradient) {
+  // Slot 2 shares row 2 with slot 3. The bindings refuse this; the kernel still writes everything.
+  const std::vector<int32_t> slot_to_row = {1, 0, 2, 2};
+  const fomoe::Routing routing = {slot_to_row.data(), kRowToSlot.data(), kOffsets.data(), 2, 2, 2};
+  const std::vector<float> grad_y = {5, 7}, rows = {1, 2, 3, NAN}, weights = {10, 100, 1, 2};
+  std::vector<float> d_rows(4, NAN), d_weights(4, NAN);
+  fomoe::cpu::combine_backward(fomoe::DType::kFloat32, grad_y.data(), rows.data(), weights.data(),
+                               routing, 1, d_rows.data(), d_weights.data());
+  CHECK_EQUAL(d_weights, (std::vector<float>{10, 5, 0, 21}));
+}
+
 TEST(every_dtype_and_width_equals_the_reference) {
   const samples::OwnedRouting routing = samples::random_routing(21, 3, 1);
   const int64_t num_tokens = 21, num_rows = 63;

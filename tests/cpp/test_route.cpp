@@ -62,7 +62,7 @@ TEST(the_first_value_outside_is_found_in_any_chunk) {
   CHECK_EQUAL(fomoe::cpu::first_outside(values.data(), 0, -1, 4), -1);
 }
 
-TEST(a_routing_that_points_outside_its_arrays_is_found) {
+TEST(a_routing_that_is_not_a_result_of_route_is_found) {
   const Ints slot_to_row = {1, 0, -1, 2}, row_to_slot = {1, 0, 3, -1}, offsets = {0, 1, 3};
   const auto defect = [&](Ints slots, Ints rows, Ints bounds) {
     const char* text = fomoe::cpu::defect_of({slots.data(), rows.data(), bounds.data(), 2, 2, 2});
@@ -75,6 +75,9 @@ TEST(a_routing_that_points_outside_its_arrays_is_found) {
               "row_to_slot must be in [0, T*K) before offsets[-1]");
   CHECK_EQUAL(defect(slot_to_row, {1, 0, 3, 2}, offsets),
               "row_to_slot must be -1 from offsets[-1] on");
+  const std::string not_inverse = "slot_to_row and row_to_slot must be inverse to each other";
+  CHECK_EQUAL(defect(slot_to_row, {0, 1, 3, -1}, offsets), not_inverse);
+  CHECK_EQUAL(defect({1, 0, 1, 2}, row_to_slot, offsets), not_inverse);  // slot 2 shares row 1
   CHECK_EQUAL(defect(slot_to_row, row_to_slot, {0, 3, 2}), "offsets must ascend");
   CHECK_EQUAL(defect(slot_to_row, row_to_slot, {1, 1, 3}), "offsets must begin with 0");
   CHECK_EQUAL(defect(slot_to_row, row_to_slot, {0, 1, 5}), "offsets must end within the rows");

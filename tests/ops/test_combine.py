@@ -85,6 +85,14 @@ def test_weights_must_be_in_the_accumulation_dtype():
         ops.combine(ROWS.double(), WEIGHTS, ROUTING)
 
 
+def test_a_routing_whose_maps_are_not_inverse_is_refused():
+    swapped = ROUTING._replace(row_to_slot=torch.tensor([0, 1, 3, -1], dtype=torch.int32))
+    shared = ROUTING._replace(slot_to_row=torch.tensor([[1, 0], [1, 2]], dtype=torch.int32))
+    for routing in (swapped, shared):
+        with pytest.raises(RuntimeError, match="row_to_slot must be inverse to each other"):
+            ops.combine(ROWS, WEIGHTS, routing)
+
+
 def test_shapes_that_do_not_fit_the_routing_are_named():
     message = r"combine: rows must have shape \(T\*K, D\) = \(4, any\), got \(3, 1\)"
     with pytest.raises(RuntimeError, match=message):

@@ -19,7 +19,7 @@ template <typename Function>
 inline void parallel_for(int64_t count, int64_t grain, const Function& function) {
   if (count <= 0) return;
 #ifdef _OPENMP
-  const int64_t pieces = std::min<int64_t>(omp_get_max_threads(), ceil_div(count, grain));
+  const int64_t pieces = std::min<int64_t>(omp_get_max_threads(), count / grain);
   if (pieces > 1 && !omp_in_parallel()) {
 #pragma omp parallel for num_threads(static_cast<int>(pieces)) schedule(static)
     for (int64_t piece = 0; piece < pieces; ++piece) {

@@ -23,8 +23,8 @@ namespace cpu {
 /// Index of the first value outside [low, end), or -1.
 int64_t first_outside(const int32_t* values, int64_t count, int64_t low, int64_t end);
 
-/// What makes the tensors impossible as a result of `route`, as half a sentence, or nullptr. Looks
-/// for what would lead a kernel outside its arrays, not at whether the two maps are inverse.
+/// What makes the tensors impossible as a result of `route`, as half a sentence, or nullptr: an
+/// index that would lead a kernel outside its arrays, or maps that are not inverse to each other.
 const char* defect_of(const Routing& routing);
 
 /// The same for offsets alone, where num_rows rows exist.

@@ -80,9 +80,7 @@ void combine_backward(DType dtype, const void* grad_y, const void* rows, const v
     using T = decltype(element);
     using Real = Accumulate<T>;
     Real* d_slots = static_cast<Real*>(d_weights);
-    for (int64_t slot = 0; slot < routing.num_rows(); ++slot) {
-      if (routing.slot_to_row[slot] < 0) d_slots[slot] = 0;
-    }
+    std::fill_n(d_slots, routing.num_rows(), Real(0));  // a skipped slot has no row to write it
     parallel_for(routing.num_rows(), ceil_div(kElementsPerThread, std::max<int64_t>(1, width)),
                  [&](int64_t begin, int64_t end) {
                    combine_rows_backward(static_cast<const T*>(grad_y), static_cast<const T*>(rows),

@@ -41,6 +41,14 @@ const char* defect_of(const Routing& routing) {
   if (first_outside(routing.row_to_slot + executed, num_rows - executed, -1, 0) >= 0) {
     return "row_to_slot must be -1 from offsets[-1] on";
   }
+  int64_t num_routed_slots = 0;
+  for (int64_t slot = 0; slot < num_rows; ++slot)
+    num_routed_slots += routing.slot_to_row[slot] >= 0;
+  bool is_inverse = num_routed_slots == executed;
+  for (int64_t row = 0; row < executed; ++row) {
+    is_inverse &= routing.slot_to_row[routing.row_to_slot[row]] == row;
+  }
+  if (!is_inverse) return "slot_to_row and row_to_slot must be inverse to each other";
   return nullptr;
 }
 
