@@ -2,15 +2,22 @@
 """Tasks whose sites fail, and a program that trains one: `python faulty_task.py FOLDER`."""
 
 import os
+import resource
+import select
 import signal
 import sys
+from collections.abc import Callable
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
 import torch
 from nano_task import NanoTask, nano, settings
-from torch import Tensor
+from torch import Tensor, nn
 
+from fomoe.federation.config import Config
+from fomoe.federation.parameters import federated_tensors
+from fomoe.federation.task import LanguageModelTask
 from fomoe.files import write_text
 
 CONFIG = nano.Config(
@@ -44,13 +51,82 @@ class KilledTask(RecordingTask):
         return super().batch(site, step)
 
 
-class RaisingTask(RecordingTask):
-    """Site 1 meets an error of the program in its second step."""
+class RaisingTask(NanoTask):
+    """Site 1 meets an error of the program, by default in its second step."""
+
+    def __init__(self, config: Any, step: int = 1) -> None:
+        super().__init__(config)
+        self.step = step
 
     def batch(self, site: int, step: int) -> Tensor:
-        if site == 1 and step == 1:
+        if site == 1 and step == self.step:
             raise RuntimeError("planted")
         return super().batch(site, step)
+
+
+class KilledWhileEvaluatingTask(RecordingTask):
+    """Site 1 is killed, and is gone, when the coordinator evaluates."""
+
+    def validation_loss(self, model: nn.Module) -> float:
+        if not torch.distributed.is_initialized():
+            process = int((self.folder / "1.pid").read_text())
+            watch = os.pidfd_open(process)
+            os.kill(process, signal.SIGKILL)
+            select.select([watch], [], [])
+            os.close(watch)
+        return super().validation_loss(model)
+
+
+class BadEndTask(NanoTask):
+    """The process of site 1 ends with code 3 although its work is done."""
+
+    def batch(self, site: int, step: int) -> Tensor:
+        if site == 1 and step == 0 and torch.distributed.is_initialized():
+            util.Finalize(None, os._exit, args=(3,), exitpriority=100)
+        return super().batch(site, step)
+
+
+class DriftingTask(NanoTask):
+    """A tensor of site 1 changes after the meeting."""
+
+    def __init__(self, config: Any, is_shared: bool) -> None:
+        super().__init__(config)
+        self.is_shared = is_shared
+
+    def routing(self, model: nn.Module) -> list[dict[str, Any]]:
+        if torch.distributed.get_rank() == 1:
+            tensors = federated_tensors(model)
+            next(t for t in tensors if t.is_shared == self.is_shared).value.add_(1)
+        return super().routing(model)
+
+
+class LocalTask(NanoTask):
+    """Holds what cannot travel to a site process."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.function: Callable[[], None] = lambda: None
+
+
+class FullDiskTask(LanguageModelTask):
+    """The sites cannot write files over 100 kB: the write fails as on a full disk."""
+
+    def batch(self, site: int, step: int) -> Tensor:
+        if torch.distributed.is_initialized():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        return super().batch(site, step)
+
+
+class ChangedTextTask(LanguageModelTask):
+    """The text changes after the coordinator has read it and before the sites do."""
+
+    def __init__(self, config: Config, text: Path) -> None:
+        super().__init__(config)
+        self.text = text
+
+    def check(self) -> None:
+        super().check()
+        self.text.write_text(self.text.read_text().upper())
 
 
 class EndlessTask(RecordingTask):

@@ -13,6 +13,8 @@ from fomoe.errors import UserError
 from fomoe.federation.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
+    Manifest,
+    Totals,
     commit,
     find_checkpoint,
     round_folder,
@@ -29,7 +31,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.toml").write_text(TINY)
     config = str(folder / "config.toml")
-    assert main(["train", "--config", config, f"run.folder={folder}/run"]) == 0
+    overrides = [f"run.folder={folder}/run", "training.threads=2"]
+    assert main(["train", "--config", config, *overrides]) == 0
     return folder
 
 
@@ -37,9 +40,21 @@ def write_small(folder):
     incomplete = folder / "checkpoints" / ".incomplete"
     incomplete.mkdir(parents=True)
     record = write_shard(incomplete, "model", 0, {"a": torch.arange(3.0)})
-    manifest = {"files": [{name: getattr(record, name) for name in record.__slots__}]}
+    totals = Totals(tokens=0, seconds=0.0, ghost_shares=[], exchange_bytes=[], bytes_by_class={})
+    manifest = Manifest(
+        config={}, model={}, completed_rounds=2, step=2, placement=[], rng={}, data_cursor=[],
+        corpus_sha256=None, totals=totals, summary={"loss": float("nan")}, threads_per_site=[],
+        versions={}, files=[record],
+    )  # fmt: skip
     commit(incomplete, round_folder(folder, 2), manifest)
     return find_checkpoint(folder)
+
+
+def change_manifest(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
 
 
 def test_a_written_checkpoint_reads_back(tmp_path):
@@ -61,10 +76,39 @@ def test_a_flipped_byte_is_noticed(tmp_path):
 
 def test_a_newer_format_is_refused_with_both_versions(tmp_path):
     folder = write_small(tmp_path)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"format_version": FORMAT_VERSION + 1}))
+    change_manifest(folder, lambda manifest: manifest.update(format_version=FORMAT_VERSION + 1))
     with pytest.raises(UserError, match=f"{FORMAT_VERSION + 1}; this fomoe reads up to"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("key", [*Manifest.model_fields, "format_version"])
+def test_a_manifest_that_lacks_a_key_is_refused_and_the_key_named(key, tmp_path):
+    folder = write_small(tmp_path)
+    change_manifest(folder, lambda manifest: manifest.pop(key))
+    with pytest.raises(UserError, match=rf"manifest.json is damaged: .*{key}"):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda manifest: manifest.update(completed_rounds="2"), "completed_rounds"),
+        (lambda manifest: manifest["totals"].pop("tokens"), "totals.tokens"),
+        (lambda manifest: manifest["files"][0].pop("sha256"), "files.0.sha256"),
+    ],
+)
+def test_a_wrong_value_inside_the_manifest_is_refused(change, key, tmp_path):
+    folder = write_small(tmp_path)
+    change_manifest(folder, change)
+    with pytest.raises(UserError, match=f"manifest.json is damaged: {key}: "):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", '"text"'])
+def test_a_manifest_that_is_no_json_object_is_refused(text, tmp_path):
+    folder = write_small(tmp_path)
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=r"manifest.json is damaged"):
         Checkpoint(folder)
 
 
@@ -81,6 +125,8 @@ def test_the_manifest_says_all_that_a_resume_needs(run):
     assert manifest["data_cursor"] == [4, 4]
     assert manifest["placement"][0][:3] == [[0], [1], [0]]
     assert manifest["config"]["federation"]["overlap"] == 1
+    assert manifest["threads_per_site"] == [2, 2]
+    assert manifest["summary"] == json.loads((run / "run" / "summary.json").read_text())
     assert len(manifest["corpus_sha256"]) == 64
 
 
@@ -114,3 +160,8 @@ def test_an_exported_model_has_the_loss_the_run_reported(run):
 def test_an_export_that_cannot_be_written_leaves_nothing(run, capsys):
     assert main(["export", str(run / "run"), "/proc/model.safetensors"]) == 2
     assert "cannot write /proc/model.safetensors" in capsys.readouterr().err
+
+
+def test_an_export_to_a_folder_ends_in_one_sentence(run, capsys):
+    assert main(["export", str(run / "run"), "."]) == 2
+    assert capsys.readouterr().err == "error: cannot write .: Is a directory\n"

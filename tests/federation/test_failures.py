@@ -1,20 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's mistake or a lost process ends in one sentence, no orphans and nothing half written."""
 
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from faulty_task import CONFIG, KilledTask, RaisingTask
-from nano_task import settings
+from faulty_task import (
+    CONFIG,
+    BadEndTask,
+    ChangedTextTask,
+    DriftingTask,
+    FullDiskTask,
+    KilledTask,
+    KilledWhileEvaluatingTask,
+    LocalTask,
+    RaisingTask,
+)
+from nano_task import NanoTask, settings
 
 from fomoe.cli import main
-from fomoe.errors import SiteFailed
+from fomoe.errors import SiteFailed, UserError
+from fomoe.federation.config import load_config
 from fomoe.federation.launch import train
+from fomoe.federation.processes import SiteProcesses
+from fomoe.federation.site_process import SiteOrder
 
 HERE = Path(__file__).parent
 TINY = """
@@ -62,7 +78,42 @@ def test_a_killed_site_is_named_and_takes_the_others_with_it(tmp_path):
 
 def test_the_site_that_failed_is_named_not_those_it_took_down(tmp_path):
     with pytest.raises(SiteFailed, match="site 1 failed: RuntimeError: planted"):
-        train(settings(CONFIG, tmp_path / "run"), task=RaisingTask(CONFIG, tmp_path))
+        train(settings(CONFIG, tmp_path / "run"), task=RaisingTask(CONFIG))
+
+
+def test_a_site_that_dies_while_the_coordinator_evaluates_is_named(tmp_path):
+    task = KilledWhileEvaluatingTask(CONFIG, tmp_path)
+    with pytest.raises(SiteFailed, match=r"site 1 died \(signal SIGKILL\)"):
+        train(settings(CONFIG, tmp_path / "run"), task=task)
+
+
+def test_a_process_that_ends_badly_after_its_work_is_named(tmp_path):
+    with pytest.raises(SiteFailed, match=r"site 1 finished its rounds, but .* \(exit code 3\)"):
+        train(settings(CONFIG, tmp_path / "run"), task=BadEndTask(CONFIG))
+
+
+@pytest.mark.parametrize(
+    ("is_shared", "sentence"),
+    [(True, "different shared tensors"), (False, r"different values of the experts of sites \d,1")],
+    ids=["shared", "experts"],
+)
+def test_sites_that_come_to_hold_different_values_are_stopped(is_shared, sentence, tmp_path):
+    config = dataclasses.replace(CONFIG, overlap=2)
+    with pytest.raises(SiteFailed, match=sentence):
+        train(settings(config, tmp_path / "run"), task=DriftingTask(config, is_shared))
+
+
+def test_when_a_site_cannot_start_those_that_did_are_ended(tmp_path):
+    def order(task, site):
+        return SiteOrder(
+            config=settings(CONFIG, tmp_path), task=task, site=site, run=tmp_path,
+            rendezvous=tmp_path / "rendezvous", resume=None, first_round=0, corpus_sha256=None,
+        )  # fmt: skip
+
+    processes = SiteProcesses([order(NanoTask(CONFIG), 0), order(LocalTask(CONFIG), 1)])
+    with pytest.raises(AttributeError, match="lambda"), processes:
+        pass
+    assert [process.exitcode for process in processes.processes] == [-signal.SIGKILL]
 
 
 def test_sites_end_when_the_coordinator_is_killed(tmp_path):
@@ -75,14 +126,15 @@ def test_sites_end_when_the_coordinator_is_killed(tmp_path):
     assert not wait_until_gone(process_ids)
 
 
-def test_control_c_ends_everything_with_code_130(tmp_path):
-    config = tmp_path / "config.toml"
+def start_in_a_terminal(folder):
+    """`fomoe train` as a process group of its own that Ctrl-C reaches."""
+    config = folder / "config.toml"
     config.write_text(TINY)
     command = [
         sys.executable, "-m", "fomoe", "train", "--config", str(config),
-        "federation.rounds=100000", f"run.folder={tmp_path}/run",
+        "federation.rounds=100000", f"run.folder={folder}/run",
     ]  # fmt: skip
-    with subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -90,32 +142,69 @@ def test_control_c_ends_everything_with_code_130(tmp_path):
         start_new_session=True,
         # A background job of a script starts with SIGINT ignored; a terminal's job does not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as run:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
-            assert run.poll() is None, run.stderr.read()
-            time.sleep(0.05)
-        os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the whole group
-        _, errors = run.communicate(timeout=30)
+    )
+
+
+def press_control_c_when(run, is_time) -> str:
+    """Returns what the program wrote on standard error."""
+    while not is_time():
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    return run.communicate(timeout=30)[1]
+
+
+def test_control_c_ends_everything_with_code_130(tmp_path):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with start_in_a_terminal(tmp_path) as run:
+        errors = press_control_c_when(
+            run, lambda: metrics.exists() and metrics.read_text().count("\n") > 3
+        )
     assert run.returncode == 130
     assert "Traceback" not in errors
 
 
+def test_control_c_while_the_sites_start_does_the_same(tmp_path):
+    def the_fork_server_loads() -> bool:
+        for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+            with suppress(OSError):  # it may have ended by now
+                if "libtorch" in Path(f"/proc/{child}/maps").read_text():
+                    return True
+        return False
+
+    with start_in_a_terminal(tmp_path) as run:
+        errors = press_control_c_when(run, the_fork_server_loads)
+    assert run.returncode == 130
+    assert errors == ""
+
+
+def test_control_c_while_the_commands_load_is_code_130(monkeypatch):
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "fomoe.cli.train", Interrupted("fomoe.cli.train"))
+    assert main(["build-info"]) == 130
+
+
+def tiny(folder, *overrides):
+    (folder / "config.toml").write_text(TINY)
+    return load_config(folder / "config.toml", [f"run.folder={folder}/run", *overrides])
+
+
 def test_a_full_disk_at_checkpoint_time_is_one_sentence(tmp_path):
-    config = tmp_path / "config.toml"
-    config.write_text(TINY)
-    arguments = f"-m fomoe train --config {config} run.folder={tmp_path}/run"
-    # A file size limit of 100 kB stands for the full disk: the same write fails.
-    run = subprocess.run(
-        ["bash", "-c", f"ulimit -f 100; {sys.executable} {arguments}"],
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 2
-    assert "error: cannot write checkpoint file" in run.stderr
-    assert ".safetensors: " in run.stderr
-    assert "Traceback" not in run.stderr
+    config = tiny(tmp_path)
+    with pytest.raises(UserError, match=r"^cannot write checkpoint file .*\.safetensors: "):
+        train(config, task=FullDiskTask(config))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_text_that_changes_before_the_sites_read_it_is_noticed(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a small text, " * 10000)
+    config = tiny(tmp_path, f"data.paths=['{text}']")
+    with pytest.raises(UserError, match=r"site \d read a text with SHA-256 \w{64} .* \w{64}"):
+        train(config, task=ChangedTextTask(config, text))
 
 
 @pytest.mark.parametrize(

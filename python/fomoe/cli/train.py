@@ -19,15 +19,16 @@ def train(
         ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Run folder whose checkpoint to continue from.")
+        Path | None, typer.Option(help="Run folder, or the checkpoint in it, to continue from.")
     ] = None,
 ) -> None:
     """Train one model across sites as CONFIG says."""
     settings = load_config(config, overrides or [])
     from fomoe.federation.launch import train as run
+    from fomoe.federation.run_folder import run_folder_of
 
     summary = run(settings, resume=resume)
-    folder = resume or settings.run.folder
+    folder = run_folder_of(resume) if resume else settings.run.folder
     typer.echo(
         f"Assembled model: loss {summary['loss']:.3f} nats per byte (bigram entropy of the text "
         f"{summary['bigram_entropy']:.3f}). Results in {folder}; draw them with: "

@@ -12,32 +12,35 @@ and renames the folder. A checkpoint that can be seen is therefore whole.
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe.errors import UserError
-from fomoe.files import write_whole
+from fomoe.files import cannot, sync_file, sync_folder, write_whole
 from fomoe.models import MODEL_FORMAT_VERSION
 
 __all__ = [
     "FORMAT_VERSION",
     "Checkpoint",
     "FileRecord",
+    "Manifest",
+    "Totals",
     "commit",
     "export",
-    "file_records",
     "find_checkpoint",
     "fresh_incomplete_folder",
     "incomplete_folder",
+    "is_round_folder",
     "read_shards",
     "round_folder",
     "write_shard",
@@ -58,16 +61,59 @@ class FileRecord:
     sha256: str
 
 
+class Totals(BaseModel):
+    """What a run has added up to when its checkpoint was written; a resumed run goes on from it."""
+
+    model_config = ConfigDict(strict=True)
+
+    tokens: int
+    seconds: float
+    ghost_shares: list[float]
+    exchange_bytes: list[int]
+    bytes_by_class: dict[str, int]
+
+
+class Manifest(BaseModel):
+    """What ``manifest.json`` holds, beside the ``format_version``.
+
+    ``config`` is by section and key; ``model`` rebuilds the model; ``placement`` gives the holders
+    by layer and expert; ``data_cursor`` the sequences that each site has seen. ``summary`` is what
+    summary.json says of the run up to here.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    config: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+    completed_rounds: int
+    step: int
+    placement: list[list[list[int]]]
+    rng: dict[str, int]
+    data_cursor: list[int]
+    corpus_sha256: str | None
+    totals: Totals
+    summary: dict[str, Any]
+    threads_per_site: list[int]
+    versions: dict[str, str]
+    files: list[FileRecord]
+
+
 def round_folder(run: Path, completed_rounds: int) -> Path:
     """Where the checkpoint after that many rounds of the run belongs."""
     return run / "checkpoints" / f"round-{completed_rounds:06d}"
+
+
+def is_round_folder(path: Path) -> bool:
+    """Whether the folder has the name of a checkpoint; nothing is looked up."""
+    return _ROUND_FOLDER.fullmatch(path.name) is not None
 
 
 def fresh_incomplete_folder(run: Path) -> Path:
     """The hidden folder sites write to before :func:`commit`, emptied of an earlier attempt."""
     folder = incomplete_folder(run)
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    with cannot(f"write {folder}"):
+        folder.mkdir(parents=True)
     return folder
 
 
@@ -86,31 +132,30 @@ def write_shard(folder: Path, kind: str, site: int, tensors: Mapping[str, Tensor
     path = folder / f"{kind}-{site}.safetensors"
     # A clone per tensor: rows of a stacked parameter share storage, which the format refuses.
     owned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    try:
+    with _cannot_write(f"checkpoint file {path}"):
         save_file(owned, path)
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync_file(path)
         return FileRecord(path.name, kind, site, path.stat().st_size, _sha256(path))
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise UserError(f"cannot write checkpoint file {path}: {reason}") from error
 
 
-def commit(folder: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    """Write the manifest into ``folder`` and make it the checkpoint ``final`` in one step."""
+def commit(folder: Path, final: Path, manifest: Manifest) -> None:
+    """Write the manifest into ``folder`` and make it the checkpoint ``final`` in one step.
+
+    Raises
+    ------
+    UserError
+        When the disk is full or the folder cannot be written.
+    """
     path = folder / "manifest.json"
-    try:
-        with path.open("w", encoding="utf-8") as file:
-            json.dump({"format_version": FORMAT_VERSION, **manifest}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(folder)
+    values = {"format_version": FORMAT_VERSION, **manifest.model_dump()}
+    with cannot(f"write checkpoint {final}"):
+        path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        sync_file(path)
+        sync_folder(folder)
         if final.exists():
             shutil.rmtree(final)
         folder.rename(final)
-        _sync_folder(final.parent)
-    except OSError as error:
-        raise UserError(f"cannot write checkpoint {final}: {error.strerror}") from error
+        sync_folder(final.parent)
 
 
 def find_checkpoint(folder: Path) -> Path:
@@ -143,17 +188,10 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path) -> None:
+        manifest = _read_manifest(folder / "manifest.json")
         self.folder = folder
-        try:
-            self.manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_bytes())
-            version = self.manifest["format_version"]
-            self.files = [FileRecord(**record) for record in self.manifest["files"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}/manifest.json is missing or damaged: {error}") from error
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"{folder} has format_version {version}; this fomoe reads up to {FORMAT_VERSION}"
-            )
+        self.manifest: dict[str, Any] = manifest.model_dump()
+        self.files = manifest.files
 
     def verify(self) -> None:
         """Compare every file with the manifest's SHA-256."""
@@ -202,15 +240,8 @@ def export(run: Path, out: Path) -> None:
         "fomoe_format_version": str(MODEL_FORMAT_VERSION),
         "fomoe_model": json.dumps(checkpoint.manifest["model"]),
     }
-    try:
+    with _cannot_write(str(out)):
         write_whole(out, lambda path: save_file(checkpoint.model(), path, metadata))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {out}: {error}") from error
-
-
-def file_records(records: list[FileRecord]) -> list[dict[str, Any]]:
-    """The records as the manifest lists them, by name."""
-    return [asdict(record) for record in sorted(records, key=lambda record: record.name)]
 
 
 def read_shards(paths: Iterable[Path], names: set[str] | None = None) -> dict[str, Tensor]:
@@ -227,14 +258,35 @@ def read_shards(paths: Iterable[Path], names: set[str] | None = None) -> dict[st
     return tensors
 
 
+def _read_manifest(path: Path) -> Manifest:
+    with cannot(f"read {path}"):
+        text = path.read_bytes()
+    try:
+        version = json.loads(text)["format_version"]
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path.parent} has format_version {version}; "
+                f"this fomoe reads up to {FORMAT_VERSION}"
+            )
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {key}: {first['msg']}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}") from error
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _cannot_write(what: str) -> Iterator[None]:
+    """safetensors reports a full disk as an error of its own."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with cannot(f"write {what}"):
+            yield
+    except SafetensorError as error:
+        raise UserError(f"cannot write {what}: {error}") from error

@@ -5,14 +5,20 @@ Bytes are counted where a buffer is handed to a collective, never from a formula
 :func:`expected_round_bytes` is the formula they are checked against.
 """
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from fomoe.errors import SiteFailed
 from fomoe.federation.placement import Placement
 
-__all__ = ["EXCHANGE_CLASSES", "LedgerFile", "SiteLedger", "expected_round_bytes"]
+__all__ = [
+    "EXCHANGE_CLASSES",
+    "SiteLedger",
+    "check_agreement",
+    "contributors",
+    "expected_round_bytes",
+    "round_lines",
+]
 
 EXCHANGE_CLASSES = ("shared", "expert", "tokens")
 """What sites send each other. Beside them: ``metrics`` to the coordinator, and ``evaluation``, the
@@ -35,41 +41,71 @@ class SiteLedger:
         return counts
 
 
-class LedgerFile:
-    """Appends one JSON line per round, site and traffic class."""
+def contributors(traffic_class: str, site: int, placement: Placement) -> list[int]:
+    """The sites, ascending, that have a part in what ``site`` sends of a class.
 
-    def __init__(self, path: Path, mode: str) -> None:
-        self._file = path.open(mode, encoding="utf-8")
+    Experts: the sites that hold an expert of ``site``. Shared tensors and token counts: all. What
+    goes to the coordinator: the site alone.
+    """
+    if traffic_class == "expert":
+        return sorted(
+            {
+                holder
+                for layer, experts in enumerate(placement.residents(site))
+                for expert in experts
+                for holder in placement.holders(layer, expert)
+            }
+        )
+    return list(range(placement.sites)) if traffic_class in EXCHANGE_CLASSES else [site]
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
+def round_lines(
+    index: int, reports: Sequence[Mapping[str, Any]], placement: Placement
+) -> list[dict[str, Any]]:
+    """The ledger's lines of a round, one per site and traffic class.
 
-    def record(
-        self,
-        round_index: int,
-        site: int,
-        counts: Mapping[str, int],
-        tokens: int,
-        contributors: Iterable[int],
-        digests: Mapping[str, str],
-    ) -> None:
-        """``digests`` maps a class to the SHA-256 of what the site holds after the commit."""
-        for traffic_class, num_bytes in sorted(counts.items()):
-            line: dict[str, Any] = {
-                "round": round_index,
+    ``sha256`` is of what the site holds after the commit: for the shared tensors a digest, for
+    experts one per group of holders, ``{"0,2": ...}`` (see :func:`check_agreement`).
+    """
+    lines = []
+    for site, report in enumerate(reports):
+        for traffic_class, num_bytes in sorted(report["bytes"].items()):
+            line = {
+                "round": index,
                 "site": site,
                 "class": traffic_class,
                 "bytes": num_bytes,
-                "tokens": tokens,
-                "contributors": list(contributors),
+                "tokens": report["tokens"],
+                "contributors": contributors(traffic_class, site, placement),
             }
-            if traffic_class in digests:
-                line["sha256"] = digests[traffic_class]
-            self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+            if traffic_class in report["digests"]:
+                line["sha256"] = report["digests"][traffic_class]
+            lines.append(line)
+    return lines
+
+
+def check_agreement(index: int, digests: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the sites' digests after round ``index``, given by site.
+
+    ``shared`` is a digest and must be the same everywhere. ``expert`` maps a group of holders,
+    written ``"0,2"``, to the digest of all experts that exactly these sites hold.
+
+    Raises
+    ------
+    SiteFailed
+        Sites hold different values of what they hold in common.
+    """
+    if len({digest["shared"] for digest in digests}) > 1:
+        raise SiteFailed(f"after round {index} the sites hold different shared tensors")
+    seen: dict[str, tuple[int, str]] = {}
+    for site, digest in enumerate(digests):
+        for group, value in digest["expert"].items():
+            first, expected = seen.setdefault(group, (site, value))
+            if value != expected:
+                raise SiteFailed(
+                    f"after round {index} sites {first} and {site} hold different values of the "
+                    f"experts of sites {group}"
+                )
 
 
 def expected_round_bytes(

@@ -6,7 +6,9 @@ import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from multiprocessing import connection
+from contextlib import contextmanager
+from multiprocessing import connection, resource_tracker
+from multiprocessing.context import ForkServerProcess
 from typing import Any, Self
 
 from fomoe.errors import SiteFailed, UserError
@@ -17,42 +19,61 @@ __all__ = ["SiteProcesses"]
 # torch imports the second at the first optimizer step, which takes every site seconds.
 _PRELOADED = ["fomoe.federation.site_process", "torch._dynamo"]
 _SECONDS_FOR_THE_FIRST_CAUSE = 1.0
+_SECONDS_TO_END = 30.0
 
 
 class SiteProcesses:
-    """All site processes of a run, as a context manager: leaving it ends them.
+    """All site processes of a run, as a context manager: entering starts them, leaving ends them.
 
     Processes come from a fork server that has loaded torch once, which makes starting a site a
     matter of milliseconds.
     """
 
     def __init__(self, orders: Sequence[SiteOrder]) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        self._orders = orders
         self._pipes: list[connection.Connection[Any, Any]] = []
-        self.processes = []
-        for order in orders:
-            pipe, site_end = context.Pipe()
-            process = context.Process(target=run_site, args=(order, site_end), daemon=True)
-            process.start()
-            site_end.close()
-            self._pipes.append(pipe)
-            self.processes.append(process)
+        self.processes: list[ForkServerProcess] = []
 
     def __enter__(self) -> Self:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOADED)
+        try:
+            with _no_interrupt():
+                for order in self._orders:
+                    pipe, site_end = context.Pipe()
+                    process = context.Process(target=run_site, args=(order, site_end), daemon=True)
+                    process.start()
+                    site_end.close()
+                    self._pipes.append(pipe)
+                    self.processes.append(process)
+        except BaseException:
+            self._kill()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._kill()
+
+    def _kill(self) -> None:
         for process in self.processes:
             if process.is_alive():
                 process.kill()
         for process in self.processes:
             process.join()
 
-    def reply(self, sites: Sequence[int] | None = None) -> None:
-        """Let sites that wait for the coordinator go on; all of them by default."""
-        for site in range(len(self._pipes)) if sites is None else sites:
-            self._pipes[site].send_bytes(b"go on")
+    def reply(self) -> None:
+        """Let the sites, which wait for the coordinator, go on.
+
+        Raises
+        ------
+        UserError, SiteFailed
+            As :meth:`messages`, when one is gone.
+        """
+        for site, pipe in enumerate(self._pipes):
+            try:
+                pipe.send_bytes(b"go on")
+            except OSError:
+                self._fail({site: self._receive(site)})
 
     def messages(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """(site, message) in the order of arrival, until every site has finished.
@@ -62,7 +83,7 @@ class SiteProcesses:
         UserError
             When a site met a mistake of the user's.
         SiteFailed
-            When a site failed otherwise or its process died.
+            When a site failed otherwise, its process died, or does not end when all have finished.
         """
         running = set(range(len(self._pipes)))
         while running:
@@ -78,8 +99,13 @@ class SiteProcesses:
                 else:
                     yield site, message
         self.reply()
-        for process in self.processes:
-            process.join()
+        for site, process in enumerate(self.processes):
+            process.join(_SECONDS_TO_END)
+            if process.exitcode != 0:
+                raise SiteFailed(
+                    f"site {site} finished its rounds, but its process did not end as it should "
+                    f"({self._how_it_ended(site)})"
+                )
 
     def _receive(self, site: int) -> dict[str, Any] | None:
         """The next message of a site, or None when its process is gone."""
@@ -116,6 +142,22 @@ class SiteProcesses:
         process = self.processes[site]
         process.join(timeout=5)
         code = process.exitcode
-        if code is not None and code < 0:
+        if code is None:
+            return "it is still running"
+        if code < 0:
             return f"signal {signal.Signals(-code).name}"
         return f"exit code {code}"
+
+
+@contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Hold back Ctrl-C, which a terminal sends to the whole group, while processes start.
+
+    They inherit the mask: the fork server for good, a site until it ignores the signal itself.
+    """
+    resource_tracker.ensure_running()  # starting it would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -122,13 +122,24 @@ class Site:
         self.outer.commit()
         self.start = {}
 
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the shared tensors, on which all sites must agree, and of the experts."""
-        shared, experts = hashlib.sha256(), hashlib.sha256()
+    def digests(self) -> dict[str, Any]:
+        """SHA-256 of what this site holds in common with others, who must have the same.
+
+        ``shared``: of the shared tensors. ``expert``: by group of holders, written ``"0,2"``, of
+        the experts that exactly these sites hold.
+        """
+        shared = hashlib.sha256()
+        experts: dict[str, Any] = {}
         for tensor in self.tensors:
-            value = tensor.value.contiguous().view(-1).view(torch.uint8).numpy().data
-            (shared if tensor.is_shared else experts).update(value)
-        return {"shared": shared.hexdigest(), "expert": experts.hexdigest()}
+            digest = shared
+            if tensor.layer is not None and tensor.expert is not None:
+                holders = self.placement.holders(tensor.layer, tensor.expert)
+                digest = experts.setdefault(",".join(map(str, holders)), hashlib.sha256())
+            digest.update(tensor.value.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return {
+            "shared": shared.hexdigest(),
+            "expert": {group: digest.hexdigest() for group, digest in experts.items()},
+        }
 
     def validation_loss(self) -> float:
         """Loss of this site's own part of the model, ghosts skipped, on the validation text."""

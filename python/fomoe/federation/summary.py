@@ -2,23 +2,22 @@
 """What a run adds up to: the numbers of metrics.jsonl's rounds and of summary.json."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
-import fomoe._C as _C
+from fomoe._build import source_commit
 from fomoe.data import bigram_entropy, unigram_entropy
+from fomoe.federation.checkpoint import Totals
 from fomoe.federation.config import Config
 from fomoe.federation.ledger import EXCHANGE_CLASSES
 from fomoe.federation.placement import Placement
 from fomoe.federation.task import LanguageModelTask, Task
 
-__all__ = ["RunTotals", "versions"]
-
-_SUMS = ("tokens", "seconds", "ghost_shares", "exchange_bytes", "bytes_by_class")
+__all__ = ["RunTotals", "corpus_sha256", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -31,6 +30,11 @@ def versions() -> dict[str, str]:
     }
 
 
+def corpus_sha256(task: Task) -> str | None:
+    """SHA-256 (hex) of the text a task trains on; None for a task without one."""
+    return task.corpus.sha256 if isinstance(task, LanguageModelTask) else None
+
+
 class RunTotals:
     """Adds up the sites' reports, round by round.
 
@@ -40,6 +44,7 @@ class RunTotals:
     def __init__(self, config: Config, task: Task, placement: Placement) -> None:
         self.config = config
         self.placement = placement
+        self.commit = source_commit()
         self.corpus = _describe_corpus(task)
         self.tokens = 0
         self.seconds = 0.0
@@ -52,13 +57,13 @@ class RunTotals:
         self.loss = float("nan")
         self.site_losses: list[float] = []
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Totals:
         """The sums so far, for the checkpoint's manifest."""
-        return {name: getattr(self, name) for name in _SUMS}
+        return Totals(**{name: getattr(self, name) for name in Totals.model_fields})
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from the sums of a resumed run."""
-        for name in _SUMS:
+        for name in Totals.model_fields:
             setattr(self, name, state[name])
 
     @property
@@ -118,7 +123,7 @@ class RunTotals:
             "local_steps": federation.local_steps,
             "rounds": federation.rounds,
             "seed": self.config.training.seed,
-            "commit": _C.commit,
+            "commit": self.commit,
             "versions": versions(),
             **self.corpus,
             "loss": self.loss,
@@ -136,11 +141,12 @@ class RunTotals:
 
 
 def _describe_corpus(task: Task) -> dict[str, Any]:
+    digest = {"corpus_sha256": corpus_sha256(task)}
     if not isinstance(task, LanguageModelTask):
-        return {"corpus_sha256": None}
+        return digest
     text = np.frombuffer(b"".join(domain.data for domain in task.corpus.domains), dtype=np.uint8)
     return {
-        "corpus_sha256": task.corpus.sha256,
+        **digest,
         "corpus_bytes": task.corpus.num_bytes,
         "unigram_entropy": unigram_entropy(text),
         "bigram_entropy": bigram_entropy(text),

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be the same when a run goes on from a checkpoint, and what is worth a line if not."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fomoe.errors import UserError
+from fomoe.federation.config import Config
+from fomoe.federation.site_process import threads_of_a_site
+
+__all__ = ["check_corpus", "check_settings", "notes"]
+
+# Settings a resumed run may change: they alter neither the model nor what a site has seen.
+_FREE = {"run", "evaluation", "federation.rounds", "training.threads"}
+
+
+def check_settings(manifest: Mapping[str, Any], config: Config, folder: Path) -> None:
+    """Compare the settings with those of the checkpoint.
+
+    Raises
+    ------
+    UserError
+        One that may not change differs.
+    """
+    then, now = _flatten(manifest["config"]), _flatten(config.to_dict())
+    for key in sorted(then.keys() | now.keys()):
+        free = key in _FREE or key.split(".")[0] in _FREE
+        if not free and then.get(key) != now.get(key):
+            raise UserError(
+                f"{key} is {now.get(key)!r}, but the run in {folder} was trained with "
+                f"{then.get(key)!r}"
+            )
+
+
+def check_corpus(manifest: Mapping[str, Any], corpus_sha256: str | None, folder: Path) -> None:
+    """Compare the text with the checkpoint's.
+
+    Raises
+    ------
+    UserError
+        They differ; both hashes are named.
+    """
+    if manifest["corpus_sha256"] != corpus_sha256:
+        raise UserError(
+            f"the text of data.paths has SHA-256 {corpus_sha256}, but the run in {folder} was "
+            f"trained on {manifest['corpus_sha256']}"
+        )
+
+
+def notes(manifest: Mapping[str, Any], config: Config) -> list[str]:
+    """A sentence on everything that makes the resumed run differ from an uninterrupted one."""
+    found = []
+    not_exact = "the result will not be bit-exact:"
+    if (torch_then := manifest["versions"].get("torch")) != torch.__version__:
+        found.append(f"{not_exact} torch was {torch_then}, is now {torch.__version__}")
+    threads_then, threads = set(manifest["threads_per_site"]), threads_of_a_site(config)
+    if threads_then != {threads}:
+        then = ", ".join(map(str, sorted(threads_then)))
+        found.append(f"{not_exact} threads per site were {then}, are now {threads}")
+    rounds_then, rounds = manifest["config"]["federation"]["rounds"], config.federation.rounds
+    if rounds_then != rounds and config.optimizer.min_lr_ratio != 1:
+        found.append(
+            f"federation.rounds was {rounds_then}, is now {rounds}: the learning rate goes on as "
+            f"if {rounds} rounds had been planned from the start"
+        )
+    return found
+
+
+def _flatten(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, values in settings.items()
+        for key, value in values.items()
+    }

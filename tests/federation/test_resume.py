@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going on from a checkpoint: same settings, same text, and a record without gaps or repeats."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from faulty_task import CONFIG, RaisingTask
+from nano_task import NanoTask, json_lines, settings
+from test_failures import tiny
+
+from fomoe.errors import SiteFailed, UserError
+from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
+from fomoe.federation.launch import train
+from fomoe.federation.resume import check_corpus, notes
+from fomoe.federation.run_folder import run_folder_of
+
+LONGER = dataclasses.replace(CONFIG, rounds=4)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two rounds of three steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(settings(CONFIG, folder), task=NanoTask(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def resume(run, config=LONGER, task=None, **options):
+    return train(settings(config, run), task=task or NanoTask(config), resume=run, **options)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_an_interrupted_resume_wrote_is_replaced_by_the_next(run):
+    with pytest.raises(SiteFailed, match="planted"):
+        resume(run, task=RaisingTask(LONGER, step=10))
+    assert max(line.get("step", 0) for line in json_lines(run / "metrics.jsonl")) >= 8
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"kind": "step", "st')  # as a kill leaves it
+    resume(run)
+    metrics = json_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in metrics if line["kind"] == "step"] == list(range(12))
+    assert [line["round"] for line in metrics if line["kind"] == "round"] == [0, 1, 2, 3]
+    assert [line["round"] for line in metrics if line["kind"] == "evaluation"] == [1, 3]
+    places = [(x["round"], x["site"], x["class"]) for x in json_lines(run / "ledger.jsonl")]
+    assert len(places) == len(set(places))
+    assert {place[0] for place in places} == {0, 1, 2, 3}
+
+
+def test_a_damaged_line_before_the_checkpoint_is_named(run):
+    lines = (run / "ledger.jsonl").read_text().splitlines()
+    lines[2] = "{"
+    (run / "ledger.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=r"ledger.jsonl line 3 is damaged"):
+        resume(run)
+
+
+def test_another_text_is_refused_before_anything_is_written(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a small text, " * 10000)
+    train(tiny(tmp_path, f"data.paths=['{text}']"))
+    text.write_text("another text, " * 10000)
+    before = contents(tmp_path / "run")
+    longer = tiny(tmp_path, f"data.paths=['{text}']", "federation.rounds=2")
+    with pytest.raises(UserError, match=r"the text of data.paths has SHA-256 \w{64}, but .*\w{64}"):
+        train(longer, resume=tmp_path / "run")
+    assert contents(tmp_path / "run") == before
+
+
+def test_a_task_without_text_has_no_hash_to_compare(tmp_path):
+    check_corpus({"corpus_sha256": None}, None, tmp_path)
+    with pytest.raises(UserError, match="SHA-256 None, but the run in"):
+        check_corpus({"corpus_sha256": "12ab"}, None, tmp_path)
+
+
+def test_a_checkpoint_folder_stands_for_its_run(run):
+    checkpoint = find_checkpoint(run)
+    before = contents(checkpoint)
+    train(settings(LONGER, run / "unused"), task=NanoTask(LONGER), resume=checkpoint)
+    assert contents(checkpoint) == before
+    assert run_folder_of(checkpoint) == run_folder_of(run) == run
+    assert find_checkpoint(run).name == "round-000004"
+    assert not (run / "unused").exists()
+    manifest = Checkpoint(find_checkpoint(run)).manifest
+    assert manifest["config"]["run"]["folder"] == str(run)
+
+
+def test_only_the_latest_checkpoint_of_a_run_can_be_continued(run):
+    shutil.copytree(find_checkpoint(run), run / "checkpoints" / "round-000007")
+    earlier = run / "checkpoints" / "round-000002"
+    with pytest.raises(UserError, match=r"is not the latest checkpoint of .* round-000007"):
+        train(settings(LONGER, run), task=NanoTask(LONGER), resume=earlier)
+
+
+def test_a_checkpoint_outside_of_a_run_is_refused(run, tmp_path):
+    alone = shutil.copytree(find_checkpoint(run), tmp_path / "alone")
+    before = contents(alone)
+    with pytest.raises(UserError, match=r"alone is a checkpoint outside of a run folder"):
+        train(settings(LONGER, run), task=NanoTask(LONGER), resume=alone)
+    assert contents(alone) == before
+
+
+def test_a_finished_run_is_refused_but_gets_the_summary_it_could_not_write(run):
+    with pytest.raises(UserError, match=r"has completed 2 rounds already"):
+        resume(run, CONFIG)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").unlink()
+    assert resume(run, CONFIG) == summary
+    assert json.loads((run / "summary.json").read_text()) == summary
+    with pytest.raises(UserError, match=r"has completed 2 rounds already: .* \(now 1\) higher"):
+        resume(run, dataclasses.replace(CONFIG, rounds=1))
+
+
+def test_a_resume_says_what_makes_it_differ_from_an_uninterrupted_run(run, capsys):
+    manifest = Checkpoint(find_checkpoint(run)).manifest
+    assert manifest["threads_per_site"] == [1, 1, 1]
+    assert notes(manifest, settings(CONFIG, run)) == []
+    manifest |= {"versions": {"torch": "1.0"}, "threads_per_site": [2, 4, 2]}
+    assert notes(manifest, settings(CONFIG, run)) == [
+        f"the result will not be bit-exact: torch was 1.0, is now {torch.__version__}",
+        "the result will not be bit-exact: threads per site were 2, 4, are now 1",
+    ]
+    resume(run)
+    errors = capsys.readouterr().err
+    assert "note: federation.rounds was 2, is now 4: the learning rate goes on as if 4" in errors
+    flat = dataclasses.replace(LONGER, min_ratio=1.0)
+    assert len(notes(manifest, settings(flat, run))) == 2
