@@ -3,30 +3,38 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import typer
-
-from fomoe.cli.build_info import build_info
-from fomoe.cli.demo import demo
-from fomoe.cli.export import export
-from fomoe.cli.report import report
-from fomoe.cli.train import train
 from fomoe.errors import SiteFailed, UserError
 
-__all__ = ["app", "main"]
+if TYPE_CHECKING:
+    import typer
 
-app = typer.Typer(
-    name="fomoe",
-    help="Train Mixture-of-Experts models across sites that share no fast network.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command()(train)
-app.command()(export)
-app.command()(report)
-app.command()(demo)
-app.command(name="build-info")(build_info)
+__all__ = ["main"]
+
+
+def _app() -> "typer.Typer":
+    import typer
+
+    from fomoe.cli.build_info import build_info
+    from fomoe.cli.demo import demo
+    from fomoe.cli.export import export
+    from fomoe.cli.report import report
+    from fomoe.cli.train import train
+
+    app = typer.Typer(
+        name="fomoe",
+        help="Train Mixture-of-Experts models across sites that share no fast network.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.command()(train)
+    app.command()(export)
+    app.command()(report)
+    app.command()(demo)
+    app.command(name="build-info")(build_info)
+    return app
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stderr), 130 for Ctrl-C. An error of the program itself is raised.
     """
     try:
-        app(args=arguments)
+        _app()(args=arguments)  # loaded here, so that Ctrl-C while it loads is dealt with too
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
