@@ -80,6 +80,15 @@ def test_a_folder_cannot_be_written_as_a_file_and_nothing_is_left_beside_it(
     assert [path.name for path in tmp_path.rglob("*")] == ["inside", "folder"]
 
 
+def test_a_file_has_its_name_before_the_folder_is_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(
+        "fomoe.files.sync_folder", lambda folder: synced.extend(p.name for p in folder.iterdir())
+    )
+    write_text(tmp_path / "file.txt", "text")
+    assert synced == ["file.txt"]
+
+
 def test_a_report_to_a_folder_ends_in_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("fomoe.federation.report.render", lambda runs: "<html>")
     monkeypatch.setattr("fomoe.federation.report.read_runs", lambda folders: [])
