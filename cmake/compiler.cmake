@@ -15,7 +15,7 @@ add_library(fomoe_flags INTERFACE)
 target_compile_options(fomoe_flags INTERFACE
   # Error messages must not carry the path of the machine that built the package.
   $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>
-  # One rounding per written operation: the result does not depend on the instruction set.
+  # One rounding per written operation, whatever the instruction set.
   $<$<COMPILE_LANGUAGE:CXX>:-ffp-contract=off>
   # Nobody reads errno or floating point traps; with them, loops with a condition stay scalar.
   $<$<COMPILE_LANGUAGE:CXX>:-fno-math-errno;-fno-trapping-math>

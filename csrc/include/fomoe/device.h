@@ -16,7 +16,8 @@ std::string cuda_compile_version();
 int cuda_device_count();
 
 /// Widest vector instruction set that the CPU kernels use on this machine:
-/// "x86-64-v4" (AVX-512), "x86-64-v3" (AVX2) or "baseline".
+/// "x86-64-v4" (AVX-512), "x86-64-v3" (AVX2) or "baseline". The last also where the compiler, the C
+/// library or a sanitizer left no other to choose from, see vectorize.h.
 std::string cpu_capability();
 
 }  // namespace fomoe

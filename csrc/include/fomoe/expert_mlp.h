@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // expert_mlp: gather, first product, activation, second product and combine, expert by expert.
 //
-//   pre[r] = x[token of r] w1[e]^T      hidden[r] = act(pre[r])      y[t] = sum_k w * hidden
-//   w2[e]^T swiglu: act = silu(gate) * up, gate = first F columns of pre, up = last F silu:   act =
-//   silu(pre)
+//   pre[r] = x[token of r] w1[e]^T
+//   hidden[r] = act(pre[r])
+//   y[t] = sum_k weights[t, k] * hidden[slot_to_row[t, k]] w2[e]^T
+//
+//   swiglu: act = silu(gate) * up, where gate = first F columns of pre and up = last F
+//   silu:   act = silu(pre)
 //
 // The backward needs x and pre only. With d_hidden[r] = grad_y[t] w2[e] (without the weight),
 // d_weights[slot] = <d_hidden[r], hidden[r]>, so that no expert output is saved. Gathered rows and

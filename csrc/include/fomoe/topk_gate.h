@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_gate: the router's decision and its losses' sums, in one pass over the logits.
 //
-//   p = softmax(logits), weight = p[id]       or   s = sigmoid(logits), p = s / sum(s), weight =
-//   s[id] ids = the K best experts by score.h       weights /= their sum (optional), *= scale
-//   counts[e] = slots that chose e            prob_sum[e] = sum_t p[t, e]
+//   softmax: p = softmax(logits), weight = p[id]
+//   sigmoid: s = sigmoid(logits), p = s / sum(s), weight = s[id]
+//
+//   ids = the K best experts by score.h
+//   weights = weight / their sum over K (optional), * scale
+//   counts[e] = slots that chose e
+//   prob_sum[e] = sum_t p[t, e]
 //   z_sum = sum_t logsumexp(logits[t])^2
 //
 // Minimum traffic: read T*E, write 2*T*K elements; the backward reads and writes T*E. Sums over

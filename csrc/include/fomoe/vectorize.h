@@ -6,10 +6,12 @@
 #include <cstdint>
 
 // A function marked FOMOE_VECTORIZED is compiled for AVX-512, AVX2 and the baseline, and the loader
-// picks one. No operation is fused or reordered, so all of them give the same bits. The sanitizers
-// cannot instrument the resolver that picks, and only glibc calls it.
+// picks one. Its own arithmetic is neither fused nor reordered, so that the versions agree to the
+// bit; what it calls in the math library may still depend on the processor. The sanitizers cannot
+// instrument the resolver that picks, and only glibc calls it.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && __GNUC__ >= 12 && \
     !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define FOMOE_HAS_CLONES 1
 #define FOMOE_VECTORIZED \
   __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
@@ -22,7 +24,7 @@
 namespace fomoe {
 
 /// Sum of term(i) for i in [0, count), over 16 interleaved partial sums added in ascending order:
-/// vectorises, and gives the same bits for every instruction set.
+/// vectorises, in one order for every vector width.
 template <typename Sum, typename Term>
 FOMOE_INLINE Sum sum_of(int64_t count, const Term& term) {
   constexpr int64_t kLanes = 16;

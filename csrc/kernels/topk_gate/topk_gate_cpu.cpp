@@ -13,7 +13,7 @@
 namespace fomoe::cpu {
 namespace {
 
-constexpr int64_t kFewExperts = 32;  // up to this top_k, a vector pass per choice beats sorting
+constexpr int64_t kFewChoices = 32;  // up to this top_k, a vector pass per choice beats sorting
 
 /// Sums of the blocks, as they lie in the workspace.
 template <typename Real>
@@ -35,7 +35,7 @@ FOMOE_INLINE void select(const Real* logits, const Gate& gate, int32_t* ids) {
   Rank<Real> ranks[kMaxExperts];
   const auto num_experts = static_cast<int32_t>(gate.num_experts);
   for (int32_t e = 0; e < num_experts; ++e) ranks[e] = rank_of(logits[e], e);
-  if (gate.top_k > kFewExperts) {
+  if (gate.top_k > kFewChoices) {
     std::partial_sort(ranks, ranks + gate.top_k, ranks + num_experts, std::greater<>());
     for (int64_t k = 0; k < gate.top_k; ++k) ids[k] = expert_of<Real>(ranks[k]);
     return;
