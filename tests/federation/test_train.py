@@ -80,6 +80,13 @@ def test_a_resumed_run_adds_to_what_came_before(tmp_path):
     assert [line["step"] for line in metrics(run, "step")] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "diloco"])
+def test_the_seconds_of_the_exchange_are_counted_in_every_strategy(strategy, tmp_path):
+    run = train(tmp_path, f"federation.strategy={strategy}", "federation.overlap=2")
+    (line,) = metrics(run, "round")
+    assert 1e-4 < line["exchange_seconds"] < line["seconds"]  # a meeting skipped takes 1e-6
+
+
 def test_bf16_computes_in_bfloat16_and_keeps_fp32_weights(tmp_path):
     run = train(tmp_path, "training.precision=bf16", "optimizer.lr=1e-6")
     tensors = Checkpoint(find_checkpoint(run)).model()

@@ -10,6 +10,7 @@ Summed over the sites, one exchange sends ``2 (M - 1) b`` bytes for shared tenso
 ``2 (holders - 1) b`` for an expert's. No site ever receives a tensor of an expert it does not hold.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -74,6 +75,8 @@ class Exchange:
         self.sites = placement.sites
         self.ledger = ledger
         self.peak_scratch_bytes = 0
+        self.seconds = 0.0
+        """In collectives since the start, waiting for slower sites included."""
 
         self.shared = [tensor for tensor in tensors if tensor.is_shared]
         self.bounds = shard_bounds(sum(t.num_elements for t in self.shared), self.sites)
@@ -158,7 +161,9 @@ class Exchange:
     def _gather_tokens(self, tokens: int) -> list[float]:
         mine = torch.tensor([tokens], dtype=torch.int64)
         everyone = [torch.empty_like(mine) for _ in range(self.sites)]
+        begin = time.perf_counter()
         dist.all_gather(everyone, mine)
+        self.seconds += time.perf_counter() - begin
         self.ledger.sent("tokens", mine.numel() * mine.element_size() * (self.sites - 1))
         return [float(count.item()) for count in everyone]
 
@@ -173,7 +178,9 @@ class Exchange:
     ) -> Tensor:
         """``keep``: what else of this meeting is alive now, for the account of memory."""
         inbox = outbox.new_empty(sum(receive))
+        begin = time.perf_counter()
         dist.all_to_all_single(inbox, outbox, receive, send)
+        self.seconds += time.perf_counter() - begin
         crossing = outbox.numel() - send[self.site]  # what a site sends to itself crosses no link
         self.ledger.sent(traffic_class, crossing * outbox.element_size())
         self.peak_scratch_bytes = max(

@@ -126,17 +126,15 @@ def _check_corpus(order: SiteOrder) -> None:
 
 def _round(site: Site, channel: Channel) -> dict[str, Any]:
     """Train a round and meet the others; what the coordinator wants to know of it."""
-    begin = time.perf_counter()
+    begin, exchanged = time.perf_counter(), site.exchange.seconds
     site.begin_round()
     tokens = _local_steps(site, channel, site.config.federation.local_steps)
     memory = site.memory()
-    meeting = time.perf_counter()
     site.end_round(tokens)
-    end = time.perf_counter()
     return {
         "tokens": tokens,
-        "seconds": end - begin,
-        "exchange_seconds": end - meeting,
+        "seconds": time.perf_counter() - begin,
+        "exchange_seconds": site.exchange.seconds - exchanged,
         "routing": site.task.routing(site.model),
         "digests": site.digests(),
         "memory": memory | site.memory_of_the_meeting(),
