@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
+from fomoe.ops._checks import FLOATS, check_devices, check_routing, check_tensor, sum_dtype
 from fomoe.ops.types import Routing
 
 
@@ -48,6 +49,21 @@ def _fake(
     row_to_slot: Tensor,
     offsets: Tensor,
 ) -> Tensor:
+    check_devices(
+        "combine",
+        {
+            "rows": rows,
+            "weights": weights,
+            "slot_to_row": slot_to_row,
+            "row_to_slot": row_to_slot,
+            "offsets": offsets,
+        },
+    )
+    num_tokens, top_k, _ = check_routing("combine", slot_to_row, row_to_slot, offsets)
+    check_tensor("combine", "rows", rows, FLOATS, (num_tokens * top_k, None), "(T*K, D)")
+    if weights is not None:
+        dtypes = (sum_dtype(rows.dtype),)
+        check_tensor("combine", "weights", weights, dtypes, (num_tokens, top_k), "(T, K)")
     return rows.new_empty(slot_to_row.shape[0], rows.shape[1])
 
 
@@ -60,6 +76,21 @@ def _fake_backward(
     row_to_slot: Tensor,
     offsets: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    op = "combine_backward"
+    tensors = {
+        "rows": rows,
+        "grad_y": grad_y,
+        "weights": weights,
+        "slot_to_row": slot_to_row,
+        "row_to_slot": row_to_slot,
+        "offsets": offsets,
+    }
+    check_devices(op, tensors)
+    num_tokens, top_k, _ = check_routing(op, slot_to_row, row_to_slot, offsets)
+    check_tensor(op, "rows", rows, FLOATS, (num_tokens * top_k, None), "(T*K, D)")
+    check_tensor(op, "grad_y", grad_y, (rows.dtype,), (num_tokens, rows.shape[1]), "(T, D)")
+    dtypes = (sum_dtype(rows.dtype),)
+    check_tensor(op, "weights", weights, dtypes, (num_tokens, top_k), "(T, K)")
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
+from fomoe.ops._checks import FLOATS, check_devices, check_routing, check_tensor, sum_dtype
 from fomoe.ops._names import ACTIVATIONS, code_of
 from fomoe.ops.types import Routing
 
@@ -55,6 +56,30 @@ def expert_mlp(
     return y
 
 
+def _check_layer(
+    op: str,
+    x: Tensor,
+    weights: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    routing: tuple[Tensor, Tensor, Tensor],
+    activation: int,
+) -> None:
+    names = ("slot_to_row", "row_to_slot", "offsets")
+    layer = {"x": x, "weights": weights, "w1": w1, "w2": w2}
+    check_devices(op, layer | dict(zip(names, routing, strict=True)))
+    num_tokens, top_k, num_local_experts = check_routing(op, *routing)
+    check_tensor(op, "x", x, FLOATS, (num_tokens, None), "(T, D)")
+    check_tensor(op, "weights", weights, (sum_dtype(x.dtype),), (num_tokens, top_k), "(T, K)")
+    dim = x.shape[1]
+    check_tensor(op, "w2", w2, (x.dtype,), (num_local_experts, dim, None), "(E_local, D, F)")
+    if activation == ACTIVATIONS["swiglu"]:
+        width, legend = 2 * w2.shape[2], "(E_local, 2*F, D)"
+    else:
+        width, legend = w2.shape[2], "(E_local, F, D)"
+    check_tensor(op, "w1", w1, (x.dtype,), (num_local_experts, width, dim), legend)
+
+
 @torch.library.register_fake("fomoe::expert_mlp")
 def _fake(
     x: Tensor,
@@ -66,6 +91,8 @@ def _fake(
     offsets: Tensor,
     activation: int,
 ) -> tuple[Tensor, Tensor]:
+    routing = (slot_to_row, row_to_slot, offsets)
+    _check_layer("expert_mlp", x, weights, w1, w2, routing, activation)
     return x.new_empty(x.shape), x.new_empty(row_to_slot.shape[0], w1.shape[1])
 
 
@@ -82,6 +109,12 @@ def _fake_backward(
     offsets: Tensor,
     activation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    op, routing = "expert_mlp_backward", (slot_to_row, row_to_slot, offsets)
+    check_devices(op, {"x": x, "grad_y": grad_y, "pre_activation": pre_activation})
+    _check_layer(op, x, weights, w1, w2, routing, activation)
+    pre_shape = (row_to_slot.shape[0], w1.shape[1])
+    check_tensor(op, "grad_y", grad_y, (x.dtype,), x.shape, "(T, D)")
+    check_tensor(op, "pre_activation", pre_activation, (x.dtype,), pre_shape, "(T*K, rows of w1)")
     return (
         x.new_empty(x.shape),
         weights.new_empty(weights.shape),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
+from fomoe.ops._checks import FLOATS, check_devices, check_offsets, check_tensor
 
 
 def grouped_gemm(
@@ -43,11 +44,23 @@ def grouped_gemm(
 
 @torch.library.register_fake("fomoe::grouped_gemm")
 def _fake(rows: Tensor, weight: Tensor, offsets: Tensor, transpose_weight: bool) -> Tensor:
+    op = "grouped_gemm"
+    check_devices(op, {"rows": rows, "weight": weight, "offsets": offsets})
+    check_tensor(op, "rows", rows, FLOATS, (None, None), "(R, Kd)")
+    num_local_experts, inner = check_offsets(op, offsets), rows.shape[1]
+    shape = (num_local_experts, *((inner, None) if transpose_weight else (None, inner)))
+    legend = "(E_local, Kd, N)" if transpose_weight else "(E_local, N, Kd)"
+    check_tensor(op, "weight", weight, (rows.dtype,), shape, legend)
     return rows.new_empty(rows.shape[0], weight.shape[2 if transpose_weight else 1])
 
 
 @torch.library.register_fake("fomoe::grouped_gemm_wgrad")
 def _fake_wgrad(left: Tensor, right: Tensor, offsets: Tensor) -> Tensor:
+    op = "grouped_gemm_wgrad"
+    check_devices(op, {"left": left, "right": right, "offsets": offsets})
+    check_tensor(op, "left", left, FLOATS, (None, None), "(R, M)")
+    check_tensor(op, "right", right, (left.dtype,), (left.shape[0], None), "(R, N)")
+    check_offsets(op, offsets)
     return left.new_empty(offsets.shape[0] - 1, left.shape[1], right.shape[1])
 
 

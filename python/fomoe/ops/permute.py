@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomoe.ops._checks import FLOATS, check_devices, check_routing, check_tensor
 from fomoe.ops.types import Routing
 
 
@@ -36,6 +37,12 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
 
 @torch.library.register_fake("fomoe::permute")
 def _fake(x: Tensor, slot_to_row: Tensor, row_to_slot: Tensor, offsets: Tensor) -> Tensor:
+    check_devices(
+        "permute",
+        {"x": x, "slot_to_row": slot_to_row, "row_to_slot": row_to_slot, "offsets": offsets},
+    )
+    num_tokens, _, _ = check_routing("permute", slot_to_row, row_to_slot, offsets)
+    check_tensor("permute", "x", x, FLOATS, (num_tokens, None), "(T, D)")
     return x.new_empty(row_to_slot.shape[0], x.shape[1])
 
 

@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from fomoe.ops._checks import INT32, check, check_devices, check_tensor
 from fomoe.ops.types import Routing
 
 
@@ -36,6 +37,13 @@ def route(ids: Tensor, expert_map: Tensor, num_local_experts: int) -> Routing:
 
 @torch.library.register_fake("fomoe::route")
 def _fake(ids: Tensor, expert_map: Tensor, num_local_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_devices("route", {"ids": ids, "expert_map": expert_map})
+    check_tensor("route", "ids", ids, INT32, (None, None), "(T, K)")
+    check_tensor("route", "expert_map", expert_map, INT32, (None,), "(E,)")
+    check(
+        num_local_experts >= 0,
+        lambda: f"fomoe::route: num_local_experts must be at least 0, got {num_local_experts}",
+    )
     num_tokens, top_k = ids.shape
     return (
         ids.new_empty(num_tokens, top_k),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
+from fomoe.ops._checks import FLOATS, INT32, check, check_devices, check_tensor, sum_dtype
 from fomoe.ops._names import GATE_SCORES, code_of
 from fomoe.ops.types import GateOutput
 
@@ -60,16 +61,30 @@ def topk_gate(
     return GateOutput(ids, weights, counts, prob_sum, z_sum)
 
 
+def _check_gate(op: str, logits: Tensor, top_k: int) -> None:
+    check_tensor(op, "logits", logits, FLOATS, (None, None), "(T, E)")
+    num_experts = logits.shape[1]
+    check(
+        num_experts <= 4096,
+        lambda: f"fomoe::{op}: logits must have at most 4096 experts, got {num_experts}",
+    )
+    check(
+        top_k >= 1 and top_k <= num_experts,
+        lambda: f"fomoe::{op}: top_k must be in [1, {num_experts}], got {top_k}",
+    )
+
+
 @torch.library.register_fake("fomoe::topk_gate")
 def _fake(
     logits: Tensor, top_k: int, score: int, renormalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_gate("topk_gate", logits, top_k)
     num_tokens, num_experts = logits.shape
-    sum_dtype = torch.promote_types(logits.dtype, torch.float32)
+    dtype = sum_dtype(logits.dtype)
     return (
-        logits.new_empty(num_tokens, top_k, dtype=sum_dtype),
-        logits.new_empty(num_experts, dtype=sum_dtype),
-        logits.new_empty((), dtype=sum_dtype),
+        logits.new_empty(num_tokens, top_k, dtype=dtype),
+        logits.new_empty(num_experts, dtype=dtype),
+        logits.new_empty((), dtype=dtype),
         logits.new_empty(num_tokens, top_k, dtype=torch.int32),
         logits.new_empty(num_experts, dtype=torch.int64),
     )
@@ -86,6 +101,19 @@ def _fake_backward(
     renormalize: bool,
     scale: float,
 ) -> Tensor:
+    op = "topk_gate_backward"
+    gradients = {
+        "grad_weights": (grad_weights, ids.shape, "(T, K)"),
+        "grad_prob_sum": (grad_prob_sum, logits.shape[1:], "(E,)"),
+        "grad_z_sum": (grad_z_sum, (), "()"),
+    }
+    tensors = {name: gradient for name, (gradient, _, _) in gradients.items()}
+    check_devices(op, {"logits": logits, "ids": ids, **tensors})
+    check_tensor(op, "ids", ids, INT32, (logits.shape[0], None), "(T, K)")
+    _check_gate(op, logits, ids.shape[1])
+    for name, (gradient, shape, legend) in gradients.items():
+        if gradient is not None:
+            check_tensor(op, name, gradient, (sum_dtype(logits.dtype),), shape, legend)
     return logits.new_empty(logits.shape)
 
 

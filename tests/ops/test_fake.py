@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fake kernels, which are the meta kernels too, refuse what the CPU kernels refuse."""
+
+import pytest
+import torch
+from samples import SAMPLE, gradient_like
+
+from fomoe import ops
+
+OPS = torch.ops.fomoe
+
+
+def good_calls():
+    """Arguments by name for every op."""
+    dtype, names = torch.float32, ("slot_to_row", "row_to_slot", "offsets")
+    routing = dict(zip(names, SAMPLE.routing(), strict=True))
+    logits, x = SAMPLE.logits(dtype), SAMPLE.x(dtype)
+    rows, weights = SAMPLE.rows(dtype, SAMPLE.dim), SAMPLE.weights(dtype)
+    w1, w2, offsets = SAMPLE.w1(dtype), SAMPLE.w2(dtype), routing["offsets"]
+    gate = ops.topk_gate(logits, 3)
+    gradients = {
+        "grad_weights": gradient_like(gate.weights),
+        "grad_prob_sum": gradient_like(gate.prob_sum),
+        "grad_z_sum": gradient_like(gate.z_sum),
+    }
+    settings = {"score": 0, "renormalize": False, "scale": 1.0}
+    layer = {"x": x, "weights": weights, "w1": w1, "w2": w2} | routing | {"activation": 0}
+    pre_activation = OPS.expert_mlp(**layer)[1]
+    return {
+        "topk_gate": {"logits": logits, "top_k": 3} | settings,
+        "topk_gate_backward": gradients | {"logits": logits, "ids": gate.ids} | settings,
+        "route": {"ids": SAMPLE.ids(), "expert_map": SAMPLE.expert_map(), "num_local_experts": 3},
+        "permute": {"x": x} | routing,
+        "combine": {"rows": rows, "weights": weights} | routing,
+        "combine_backward": {"grad_y": x, "rows": rows, "weights": weights} | routing,
+        "grouped_gemm": {"rows": rows, "weight": w1, "offsets": offsets, "transpose_weight": False},
+        "grouped_gemm_wgrad": {"left": rows, "right": rows, "offsets": offsets},
+        "expert_mlp": layer,
+        "expert_mlp_backward": {"grad_y": x, "pre_activation": pre_activation} | layer,
+    }
+
+
+CALLS = good_calls()
+TENSORS = [
+    (op, name)
+    for op, arguments in CALLS.items()
+    for name, value in arguments.items()
+    if isinstance(value, torch.Tensor)
+]
+
+
+def on_meta(arguments):
+    return {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def refusal(op, arguments):
+    with pytest.raises(RuntimeError, match=f"fomoe::{op}: .* must ") as raised:
+        getattr(OPS, op)(**arguments)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_meta_results_look_like_the_real_ones(op):
+    real, fake = getattr(OPS, op)(**CALLS[op]), getattr(OPS, op)(**on_meta(CALLS[op]))
+    pairs = [(real, fake)] if isinstance(real, torch.Tensor) else zip(real, fake, strict=True)
+    for actual, expected in pairs:
+        assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+        assert expected.device.type == "meta"
+
+
+@pytest.mark.parametrize(("op", "argument"), TENSORS)
+def test_a_tensor_with_an_axis_too_many_is_refused_on_both_devices(op, argument):
+    arguments = CALLS[op] | {argument: CALLS[op][argument].unsqueeze(0)}
+    refusal(op, arguments)
+    refusal(op, on_meta(arguments))
+
+
+@pytest.mark.parametrize(("op", "argument"), TENSORS)
+def test_another_dtype_is_refused_on_both_devices(op, argument):
+    arguments = CALLS[op] | {argument: CALLS[op][argument].to(torch.int16)}
+    assert "int16" in refusal(op, on_meta(arguments))
+    refusal(op, arguments)
+
+
+@pytest.mark.parametrize(("op", "argument"), [pair for pair in TENSORS if pair[0] != "topk_gate"])
+def test_one_tensor_on_another_device_is_refused(op, argument):
+    arguments = CALLS[op] | {argument: CALLS[op][argument].to("meta")}
+    assert "must be on the device of" in refusal(op, arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("topk_gate", {"top_k": 8}, r"top_k must be in \[1, 7\], got 8"),
+        ("route", {"num_local_experts": -1}, "num_local_experts must be at least 0, got -1"),
+        ("permute", {"x": torch.zeros(3, 2)}, r"x must have shape \(T, D\) = \(13, any\)"),
+        ("expert_mlp", {"activation": 1}, r"w1 must have shape \(E_local, F, D\) = \(3, 11, 17\)"),
+    ],
+)
+def test_sizes_and_settings_that_do_not_fit_get_the_message_of_the_cpu(op, change, message):
+    for arguments in (CALLS[op] | change, on_meta(CALLS[op] | change)):
+        with pytest.raises(RuntimeError, match=f"fomoe::{op}: {message}"):
+            getattr(OPS, op)(**arguments)
+
+
+def test_unknown_codes_of_choices_are_refused():
+    with pytest.raises(RuntimeError, match=r"score must be 0 \(softmax\) or 1 \(sigmoid\), got 2"):
+        OPS.topk_gate(**CALLS["topk_gate"] | {"score": 2})
+    message = r"activation must be 0 \(swiglu\) or 1 \(silu\), got -1"
+    with pytest.raises(RuntimeError, match=message):
+        OPS.expert_mlp(**CALLS["expert_mlp"] | {"activation": -1})
