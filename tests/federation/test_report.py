@@ -53,11 +53,25 @@ def make_run(folder: Path, strategy: str, overlap: int = SITES, **changes: Any) 
             for site in range(SITES)
             for name, size in (traffic | to_coordinator).items()
         ]
+    summary = make_summary(strategy, overlap, traffic, to_coordinator, evaluation)
+    write_lines(folder / "metrics.jsonl", metrics)
+    write_lines(folder / "ledger.jsonl", ledger)
+    (folder / "summary.json").write_text(json.dumps(summary | changes))
+    return folder
+
+
+def make_summary(
+    strategy: str,
+    overlap: int,
+    traffic: dict[str, int],
+    to_coordinator: dict[str, int],
+    evaluation: dict[str, Any],
+) -> dict[str, Any]:
     held = SHARED + EXPERT * overlap // SITES
     memory = {"parameters": 4 * held, "gradients": 4 * held, "optimizer": 8 * held}
     memory["exchange_buffers"] = 4 * held
     memory |= {} if strategy == "ddp" else {"round_start": 4 * held, "outer_momentum": held}
-    summary = {
+    return {
         "strategy": strategy,
         "sites": SITES,
         "overlap": overlap,
@@ -82,10 +96,6 @@ def make_run(folder: Path, strategy: str, overlap: int = SITES, **changes: Any) 
         "parameters_per_site": [held] * SITES,
         "seconds": 61.3,
     }
-    write_lines(folder / "metrics.jsonl", metrics)
-    write_lines(folder / "ledger.jsonl", ledger)
-    (folder / "summary.json").write_text(json.dumps(summary | changes))
-    return folder
 
 
 def make_round(
