@@ -8,7 +8,8 @@ model from the files the sites wrote, and makes them a checkpoint.
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from fomoe.federation.run_folder import RunFolder, run_to_resume
 from fomoe.federation.site_process import SiteOrder
 from fomoe.federation.summary import RunTotals, corpus_sha256, versions
 from fomoe.federation.task import LanguageModelTask, Task
-from fomoe.files import JsonLines
+from fomoe.files import JsonLines, cannot
 
 __all__ = ["train"]
 
@@ -130,11 +131,11 @@ class _Coordinator:
         fresh_incomplete_folder(self.folder.path)
         try:
             with (
-                tempfile.TemporaryDirectory(prefix="fomoe-") as scratch,
+                _scratch_folder() as scratch,
                 JsonLines(self.folder.metrics, anew=anew) as self.metrics,
                 JsonLines(self.folder.ledger, anew=anew) as self.ledger,
                 ProgressLine(label, total_steps, first_step) as self.progress,
-                SiteProcesses(self._orders(Path(scratch))) as self.processes,
+                SiteProcesses(self._orders(scratch)) as self.processes,
             ):
                 self._follow()
         finally:
@@ -239,3 +240,12 @@ class _Coordinator:
             versions=versions(),
             files=sorted(records, key=lambda record: record.name),
         )
+
+
+@contextmanager
+def _scratch_folder() -> Iterator[Path]:
+    """A folder for the sites' rendezvous, gone afterwards."""
+    with cannot(f"use the temporary folder {tempfile.gettempdir()}"):
+        folder = tempfile.TemporaryDirectory(prefix="fomoe-", ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
