@@ -34,6 +34,8 @@ inline const char* name_of(DType dtype) {
       return "float32";
     case DType::kBFloat16:
       return "bfloat16";
+    case DType::kFloat16:
+      return "float16";
   }
   return "";
 }

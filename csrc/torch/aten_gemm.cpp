@@ -16,6 +16,8 @@ ScalarType scalar_type_of(DType dtype) {
       return ScalarType::Float;
     case DType::kBFloat16:
       return ScalarType::BFloat16;
+    case DType::kFloat16:
+      return ScalarType::Half;
   }
   return ScalarType::Float;
 }
@@ -28,13 +30,24 @@ Tensor tensor_over(const Matrix& matrix, DType dtype) {
                                   scalar_type_of(dtype));
 }
 
-void multiply(void*, DType dtype, const Matrix& a, const Matrix& b, const DenseMatrix& c) {
+void mm_out(const Tensor& a, const Tensor& b, const Tensor& c) {
   using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack = {from(tensor_over(a, dtype)), from(tensor_over(b, dtype)),
-                                       from(tensor_over(c.view(), dtype))};
+  std::array<StableIValue, 3> stack = {from(a), from(b), from(c)};
   STABLE_TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference to c, to drop it
+}
+
+void multiply(void*, DType dtype, const Matrix& a, const Matrix& b, const DenseMatrix& c) {
+  const Tensor left = tensor_over(a, dtype), right = tensor_over(b, dtype);
+  Tensor product = tensor_over(c.view(), dtype);
+  if (dtype != DType::kFloat16) return mm_out(left, right, product);
+  // Where the processor has no float16 arithmetic, torch's own product is some five times slower
+  // than widening the operands; and this way the result does not depend on the processor.
+  using torch::stable::to;
+  Tensor wide = torch::stable::new_empty(product, {c.rows, c.cols}, ScalarType::Float);
+  mm_out(to(left, ScalarType::Float), to(right, ScalarType::Float), wide);
+  torch::stable::copy_(product, wide);
 }
 
 }  // namespace

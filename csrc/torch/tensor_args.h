@@ -71,9 +71,11 @@ inline DType float_dtype(const char* op, const char* name, const Tensor& tensor)
       return DType::kFloat32;
     case ScalarType::BFloat16:
       return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
     default:
-      check(false, "fomoe::", op, ": ", name, " must be float64, float32 or bfloat16, got ",
-            name_of(tensor.scalar_type()));
+      check(false, "fomoe::", op, ": ", name,
+            " must be float64, float32, bfloat16 or float16, got ", name_of(tensor.scalar_type()));
       return DType::kFloat32;
   }
 }

@@ -15,7 +15,8 @@ namespace samples {
 
 using fomoe::DType;
 
-inline constexpr DType kAllDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16};
+inline constexpr DType kAllDTypes[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16,
+                                       DType::kFloat16};
 
 inline DType accumulate_dtype(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
@@ -23,7 +24,17 @@ inline DType accumulate_dtype(DType dtype) {
 
 /// Bound on the error, relative to the largest value, of a result that is rounded once.
 inline double tolerance(DType dtype) {
-  return dtype == DType::kFloat64 ? 4e-15 : dtype == DType::kFloat32 ? 1e-6 : 4e-3;
+  switch (dtype) {
+    case DType::kFloat64:
+      return 4e-15;
+    case DType::kFloat32:
+      return 1e-6;
+    case DType::kBFloat16:
+      return 4e-3;
+    case DType::kFloat16:
+      return 5e-4;
+  }
+  return 0;
 }
 
 /// Elements of any dtype in memory of exactly their size, so that the sanitizer sees an overrun.

@@ -65,8 +65,8 @@ void check_against_the_reference(const Case& sample) {
   std::vector<char> workspace(fomoe::cpu::expert_mlp_workspace_bytes(sample.mlp), '\xff');
   fomoe::cpu::expert_mlp(sample.mlp, sample.x.data(), sample.weights.data(), kGemm, y.data(),
                          pre.data(), workspace.data());
-  // Pre-activation, hidden and output are each rounded to bfloat16.
-  const double tolerance = samples::tolerance(dtype) * (dtype == samples::DType::kBFloat16 ? 4 : 1);
+  // Pre-activation, hidden and output are each rounded to a 16-bit type.
+  const double tolerance = samples::tolerance(dtype) * (fomoe::size_of(dtype) == 2 ? 4 : 1);
   CHECK_ALL_CLOSE(y.values(), y_expected, tolerance);
   CHECK_ALL_CLOSE(pre.values(), pre_expected, tolerance);
 

@@ -9,10 +9,15 @@ from torch import Tensor
 from fomoe import reference
 from fomoe.ops import Routing
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 # For results that are rounded once to the dtype; some five times what the tests' sums come to.
-TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3}
+TOLERANCES = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+}
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)

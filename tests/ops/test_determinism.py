@@ -7,7 +7,7 @@ from samples import Sample, gradient_like, leaf, name_of
 
 from fomoe import ops
 
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Large enough for every op to split its work.
 SAMPLE = Sample(
     name="large", tokens=1000, experts=16, top_k=4, dim=96, expert_dim=40, residents=tuple(range(9))

@@ -6,7 +6,7 @@ Backward ops are called without gradients: that theirs is refused is tested op b
 
 import pytest
 import torch
-from samples import SAMPLES, gradient_like, leaf, name_of, sum_dtype
+from samples import DTYPES, SAMPLES, gradient_like, leaf, name_of, sum_dtype
 from torch.library import opcheck
 
 from fomoe import ops
@@ -61,7 +61,7 @@ CALLS = [topk_gate, route, permute, combine, grouped_gemm, expert_mlp]
 
 
 @pytest.mark.parametrize("calls", CALLS, ids=lambda calls: calls.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name_of)
 @pytest.mark.parametrize("sample", CHECKED, ids=name_of)
 def test_the_registration_passes_opcheck(sample, dtype, calls):
     for op, arguments in calls(sample, dtype):
@@ -99,7 +99,7 @@ def test_a_layer_compiles_whole_and_once_for_all_token_counts():
 
 def test_outputs_have_the_accumulation_dtype_under_a_fake_mode():
     with torch._subclasses.FakeTensorMode():
-        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for dtype in DTYPES:
             gate = ops.topk_gate(torch.empty(3, 4, dtype=dtype), 2)
             assert gate.weights.dtype == gate.prob_sum.dtype == gate.z_sum.dtype
             assert gate.z_sum.dtype == sum_dtype(dtype)

@@ -2,12 +2,12 @@
 // Element types of the kernels and how each is read, accumulated and written.
 #pragma once
 
+#include <bit>
 #include <cstdint>
-#include <cstring>
 
 namespace fomoe {
 
-enum class DType : int32_t { kFloat64, kFloat32, kBFloat16 };
+enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
 inline int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -16,6 +16,7 @@ inline int64_t size_of(DType dtype) {
     case DType::kFloat32:
       return 4;
     case DType::kBFloat16:
+    case DType::kFloat16:
       return 2;
   }
   return 0;
@@ -27,10 +28,23 @@ struct BFloat16 {
 };
 
 inline float to_accumulate(BFloat16 value) {
-  const uint32_t word = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &word, sizeof result);
-  return result;
+  return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+
+/// IEEE half precision. Converted with integer and float32 arithmetic, without branches, so that
+/// loops over it vectorise on every instruction set; to nearest, ties to even, as in torch.
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float to_accumulate(Float16 value) {
+  const uint32_t magnitude = (value.bits & 0x7fffu) << 13;
+  const uint32_t sign = (value.bits & 0x8000u) << 16;
+  // Exponents differ by 112; the product also turns subnormals into normal numbers.
+  const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
+  const uint32_t word = magnitude >= 0x0f800000u ? special : std::bit_cast<uint32_t>(scaled);
+  return std::bit_cast<float>(word | sign);
 }
 inline float to_accumulate(float value) { return value; }
 inline double to_accumulate(double value) { return value; }
@@ -53,11 +67,25 @@ inline T from_accumulate(Accumulate<T> value) {
 }
 template <>
 inline BFloat16 from_accumulate<BFloat16>(float value) {
-  uint32_t word;
-  std::memcpy(&word, &value, sizeof word);
-  if (value != value) return BFloat16{static_cast<uint16_t>((word >> 16) | 0x0040)};  // stay NaN
+  const uint32_t word = std::bit_cast<uint32_t>(value);
   const uint32_t round_to_even = 0x7fff + ((word >> 16) & 1);
-  return BFloat16{static_cast<uint16_t>((word + round_to_even) >> 16)};
+  const uint32_t quiet_nan = (word >> 16) | 0x0040;
+  return BFloat16{static_cast<uint16_t>(value != value ? quiet_nan : (word + round_to_even) >> 16)};
+}
+template <>
+inline Float16 from_accumulate<Float16>(float value) {
+  const uint32_t word = std::bit_cast<uint32_t>(value);
+  const uint32_t magnitude = word & 0x7fffffffu, sign = word >> 16 & 0x8000u;
+  const uint32_t round_to_even = 0xfff + (magnitude >> 13 & 1);
+  const uint32_t normal = (magnitude - (112u << 23) + round_to_even) >> 13;
+  // Below the smallest normal half, adding 1/2 aligns the last bit of a subnormal half with that of
+  // a float32, and rounds.
+  const uint32_t subnormal =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds to more than the largest half
+  half = magnitude > 0x7f800000u ? 0x7e00u | (magnitude >> 13 & 0x3ffu) : half;
+  return Float16{static_cast<uint16_t>(half | sign)};
 }
 
 /// Calls function(T{}) with the element type named by dtype.
@@ -70,6 +98,8 @@ inline void dispatch(DType dtype, Function&& function) {
       return function(float{});
     case DType::kBFloat16:
       return function(BFloat16{});
+    case DType::kFloat16:
+      return function(Float16{});
   }
 }
 

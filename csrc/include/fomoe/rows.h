@@ -2,6 +2,8 @@
 // Dense rows of one width whose element type is known at run time only.
 #pragma once
 
+#include <cstring>
+
 #include "fomoe/dtype.h"
 #include "fomoe/gemm.h"
 

@@ -2,6 +2,8 @@
 // A thread owns a run of rows and copies each with one memcpy; the element type does not matter.
 #include "fomoe/permute.h"
 
+#include <cstring>
+
 #include "fomoe/parallel.h"
 
 namespace fomoe::cpu {

@@ -152,7 +152,7 @@ class MoE(nn.Module):
 
         Parameters
         ----------
-        x : Tensor, (..., D), float64 | float32 | bfloat16
+        x : Tensor, (..., D), float64 | float32 | bfloat16 | float16
             Of the weights' dtype, unless autocast is on. There may be no tokens at all.
 
         Returns

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INT32 = (torch.int32,)
 
 

@@ -19,7 +19,7 @@ def combine(rows: Tensor, weights: Tensor | None, routing: Routing) -> Tensor:
 
     Parameters
     ----------
-    rows : Tensor, (T*K, D), float64 | float32 | bfloat16
+    rows : Tensor, (T*K, D), float64 | float32 | bfloat16 | float16
         Any strides; a non-contiguous input is copied.
     weights : Tensor, (T, K), float64 for float64 rows, else float32; or None for ones
     routing : Routing

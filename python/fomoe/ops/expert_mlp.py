@@ -29,7 +29,7 @@ def expert_mlp(
 
     Parameters
     ----------
-    x : Tensor, (T, D), float64 | float32 | bfloat16
+    x : Tensor, (T, D), float64 | float32 | bfloat16 | float16
         Any strides; a non-contiguous input is copied.
     weights : Tensor, (T, K), float64 for float64 x, else float32
     w1 : Tensor, (E_local, 2*F, D) for swiglu, gate rows before up rows; (E_local, F, D) for silu

@@ -17,7 +17,7 @@ def grouped_gemm(
 
     Parameters
     ----------
-    rows : Tensor, (R, Kd), float64 | float32 | bfloat16
+    rows : Tensor, (R, Kd), float64 | float32 | bfloat16 | float16
         Rows past offsets[-1] are never read. Any strides; a non-contiguous input is copied.
     weight : Tensor, (E_local, N, Kd), or (E_local, Kd, N) if ``transpose_weight``; dtype of rows
         Copied only if neither of its last two axes is dense.

@@ -15,7 +15,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
 
     Parameters
     ----------
-    x : Tensor, (T, D), float64 | float32 | bfloat16
+    x : Tensor, (T, D), float64 | float32 | bfloat16 | float16
         Token rows. Any strides; a non-contiguous input is copied.
     routing : Routing
         From :func:`fomoe.ops.route`, for T tokens and K experts per token.

@@ -29,7 +29,7 @@ def topk_gate(
 
     Parameters
     ----------
-    logits : Tensor, (T, E), float64 | float32 | bfloat16
+    logits : Tensor, (T, E), float64 | float32 | bfloat16 | float16
         E up to 4096. Any strides; a non-contiguous input is copied. Selection is by descending
         logit, ties to the lowest index; NaN ranks below -inf. A token with a NaN or +inf logit has
         NaN softmax weights.

@@ -14,7 +14,7 @@ def combine(rows: Tensor, weights: Tensor | None, routing: Routing) -> Tensor:
 
     Parameters
     ----------
-    rows : Tensor, (R, D), float64 | float32 | bfloat16
+    rows : Tensor, (R, D), float64 | float32 | bfloat16 | float16
     weights : Tensor, (T, K), accumulation dtype of rows, or None for ones
     routing : Routing
 

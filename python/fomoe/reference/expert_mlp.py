@@ -28,7 +28,7 @@ def expert_mlp(
 
     Parameters
     ----------
-    x : Tensor, (T, D), float64 | float32 | bfloat16
+    x : Tensor, (T, D), float64 | float32 | bfloat16 | float16
     weights : Tensor, (T, K), accumulation dtype of x
     w1 : Tensor, (E_local, 2F, D) for swiglu, gate rows before up rows; (E_local, F, D) for silu
     w2 : Tensor, (E_local, D, F)

@@ -12,7 +12,7 @@ def grouped_gemm(
 
     Parameters
     ----------
-    rows : Tensor, (R, Kd), float64 | float32 | bfloat16
+    rows : Tensor, (R, Kd), float64 | float32 | bfloat16 | float16
         Rows past offsets[-1] are never read.
     weight : Tensor, (E_local, N, Kd), or (E_local, Kd, N) if ``transpose_weight``; dtype of rows
     offsets : Tensor, (E_local + 1,), int32

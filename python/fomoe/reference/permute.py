@@ -12,7 +12,7 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
 
     Parameters
     ----------
-    x : Tensor, (T, D), float64 | float32 | bfloat16
+    x : Tensor, (T, D), float64 | float32 | bfloat16 | float16
     routing : Routing
 
     Returns

@@ -25,7 +25,7 @@ def topk_gate(
 
     Parameters
     ----------
-    logits : Tensor, (T, E), float64 | float32 | bfloat16
+    logits : Tensor, (T, E), float64 | float32 | bfloat16 | float16
         Selection is by descending logit, ties to the lowest index; NaN ranks below -inf.
     top_k : int
         1 <= top_k <= E.
