@@ -57,5 +57,7 @@ def test_a_routing_that_points_outside_the_rows_is_refused():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(RuntimeError, match=r"x must be float64, float32, bfloat16 or float16, got int32"):
+    with pytest.raises(
+        RuntimeError, match=r"x must be float64, float32, bfloat16 or float16, got int32"
+    ):
         ops.permute(torch.zeros(2, 4, dtype=torch.int32), ROUTING)
