@@ -24,8 +24,11 @@ def good_calls():
         "grad_z_sum": gradient_like(gate.z_sum),
     }
     settings = {"score": 0, "renormalize": False, "scale": 1.0}
-    layer = {"x": x, "weights": weights, "w1": w1, "w2": w2} | routing | {"activation": 0}
-    pre_activation = OPS.expert_mlp(**layer)[1]
+    biases = {"b1": SAMPLE.b1(dtype), "b2": SAMPLE.b2(dtype)}
+    layer = {"x": x, "weights": weights, "w1": w1, "w2": w2} | biases | routing | {"activation": 0}
+    forward = layer | {"keep_pre_activation": True}
+    backward = layer | {"needs_x": True, "needs_experts": True}
+    pre_activation = OPS.expert_mlp(**forward)[1]
     return {
         "topk_gate": {"logits": logits, "top_k": 3} | settings,
         "topk_gate_backward": gradients | {"logits": logits, "ids": gate.ids} | settings,
@@ -35,8 +38,8 @@ def good_calls():
         "combine_backward": {"grad_y": x, "rows": rows, "weights": weights} | routing,
         "grouped_gemm": {"rows": rows, "weight": w1, "offsets": offsets, "transpose_weight": False},
         "grouped_gemm_wgrad": {"left": rows, "right": rows, "offsets": offsets},
-        "expert_mlp": layer,
-        "expert_mlp_backward": {"grad_y": x, "pre_activation": pre_activation} | layer,
+        "expert_mlp": forward,
+        "expert_mlp_backward": {"grad_y": x, "pre_activation": pre_activation} | backward,
     }
 
 
@@ -109,6 +112,6 @@ def test_sizes_and_settings_that_do_not_fit_get_the_message_of_the_cpu(op, chang
 def test_unknown_codes_of_choices_are_refused():
     with pytest.raises(RuntimeError, match=r"score must be 0 \(softmax\) or 1 \(sigmoid\), got 2"):
         OPS.topk_gate(**CALLS["topk_gate"] | {"score": 2})
-    message = r"activation must be 0 \(swiglu\) or 1 \(silu\), got -1"
+    message = r"activation must be 0 \(swiglu\), 1 \(silu\) or 2 \(swiglu_clamped\), got -1"
     with pytest.raises(RuntimeError, match=message):
         OPS.expert_mlp(**CALLS["expert_mlp"] | {"activation": -1})

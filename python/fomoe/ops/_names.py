@@ -7,7 +7,7 @@ A str in a schema would leak its string on every call through torch's stable ABI
 from collections.abc import Mapping
 
 GATE_SCORES = {"softmax": 0, "sigmoid": 1}
-ACTIVATIONS = {"swiglu": 0, "silu": 1}
+ACTIVATIONS = {"swiglu": 0, "silu": 1, "swiglu_clamped": 2}
 
 
 def code_of(op: str, argument: str, name: str, codes: Mapping[str, int]) -> int:
