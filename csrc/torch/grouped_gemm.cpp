@@ -37,8 +37,9 @@ Tensor grouped_gemm_cpu(const Tensor& rows, const Tensor& weight, const Tensor& 
         transpose_weight ? "(E_local, Kd, N)" : "(E_local, N, Kd)", " with Kd = ", rows.size(1),
         ", got ", shape_of(weight));
   Tensor out = empty_result(rows, {rows.size(0), b.cols});
+  Tensor scratch = workspace_like(rows, cpu::kGemmScratchBytes);
   cpu::grouped_gemm(dense.const_data_ptr(), rows.size(0), b, values_of<int32_t>(segments),
-                    aten_gemm(), out.mutable_data_ptr());
+                    aten_gemm(), out.mutable_data_ptr(), scratch.mutable_data_ptr());
   return out;
 }
 
@@ -53,9 +54,11 @@ Tensor grouped_gemm_wgrad_cpu(const Tensor& left, const Tensor& right, const Ten
   const Tensor dense_right = torch::stable::contiguous(right);
   const int64_t num_local_experts = offsets.size(0) - 1;
   Tensor out = empty_result(left, {num_local_experts, left.size(1), right.size(1)});
+  Tensor scratch = workspace_like(left, cpu::kGemmScratchBytes);
   cpu::grouped_gemm_wgrad(dtype, dense_left.const_data_ptr(), dense_right.const_data_ptr(),
                           values_of<int32_t>(segments), num_local_experts, left.size(1),
-                          right.size(1), aten_gemm(), out.mutable_data_ptr());
+                          right.size(1), aten_gemm(), out.mutable_data_ptr(),
+                          scratch.mutable_data_ptr());
   return out;
 }
 

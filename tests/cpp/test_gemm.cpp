@@ -22,6 +22,13 @@ struct Operand {
   Matrix view;
 };
 
+/// With a scratch of exactly the size, full of NaN.
+void multiply(const fomoe::Gemm& library, DType dtype, const Matrix& a, const Matrix& b,
+              const void* bias, const fomoe::DenseMatrix& c) {
+  std::vector<char> scratch(fomoe::cpu::kGemmScratchBytes, '\xff');
+  fomoe::cpu::multiply(library, dtype, a, b, bias, c, scratch.data());
+}
+
 void check_product(DType dtype, int64_t rows, int64_t inner, int64_t cols) {
   for (int layout = 0; layout < 8; ++layout) {
     const Operand a(dtype, rows, inner, layout & 1, 1), b(dtype, inner, cols, layout & 2, 2);
@@ -29,7 +36,7 @@ void check_product(DType dtype, int64_t rows, int64_t inner, int64_t cols) {
     const void* addend = layout & 4 ? bias.data() : nullptr;
     Array expected(dtype, rows * cols), actual(dtype, rows * cols);
     kLibrary(dtype, a.view, b.view, addend, {expected.data(), rows, cols});
-    fomoe::cpu::multiply(kLibrary, dtype, a.view, b.view, addend, {actual.data(), rows, cols});
+    multiply(kLibrary, dtype, a.view, b.view, addend, {actual.data(), rows, cols});
     CHECK_ALL_CLOSE(actual.values(), expected.values(), 2 * samples::tolerance(dtype));
   }
 }
@@ -46,8 +53,8 @@ TEST(a_bias_is_added_before_the_only_rounding) {
   const Array a(bf16, std::vector<double>{256, 1}), b(bf16, std::vector<double>{1, 1}),
       bias(bf16, std::vector<double>{1});
   Array c(bf16, 1);
-  fomoe::cpu::multiply(kLibrary, bf16, {a.data(), 1, 2, 2, 1}, {b.data(), 2, 1, 1, 1}, bias.data(),
-                       {c.data(), 1, 1});
+  multiply(kLibrary, bf16, {a.data(), 1, 2, 2, 1}, {b.data(), 2, 1, 1, 1}, bias.data(),
+           {c.data(), 1, 1});
   CHECK_EQUAL(c.values()[0], 258.0);
 }
 
@@ -61,13 +68,22 @@ TEST(every_layout_dtype_and_size_equals_three_loops) {
   }
 }
 
+TEST(blocks_and_panels_join_at_their_borders) {
+  // More rows than a block, more columns than a panel, more terms than a step, and one of each
+  // left.
+  check_product(DType::kBFloat16, 385, 34, 33);
+  check_product(DType::kBFloat16, 25, 1027, 65);
+  check_product(DType::kBFloat16, 230, 2310, 31);
+  check_product(DType::kBFloat16, 7, 20001, 3);
+}
+
 TEST(few_rows_need_no_library) {
   const fomoe::Gemm none = {&refuse, nullptr};
   for (DType dtype : samples::kAllDTypes) {
     for (bool b_by_rows : {false, true}) {
       const Operand a(dtype, 2, 9, true, 1), b(dtype, 9, 5, b_by_rows, 2);
       Array c(dtype, 10);
-      fomoe::cpu::multiply(none, dtype, a.view, b.view, nullptr, {c.data(), 2, 5});
+      multiply(none, dtype, a.view, b.view, nullptr, {c.data(), 2, 5});
     }
   }
 }

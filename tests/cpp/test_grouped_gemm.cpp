@@ -11,6 +11,11 @@ namespace {
 
 const fomoe::Gemm kGemm = fomoe::reference::gemm();
 
+void* scratch() {
+  static std::vector<char> bytes(fomoe::cpu::kGemmScratchBytes, '\xff');
+  return bytes.data();
+}
+
 /// A dense [num_experts, rows, cols].
 ExpertMatrices dense(samples::DType dtype, const void* data, int64_t num_experts, int64_t rows,
                      int64_t cols) {
@@ -26,7 +31,7 @@ TEST(each_segment_meets_its_experts_matrix_and_the_tail_is_zero) {
   const std::vector<int32_t> offsets = {0, 1, 1, 2};
   std::vector<float> out(6, NAN);
   fomoe::cpu::grouped_gemm(rows.data(), 3, dense(fomoe::DType::kFloat32, b.data(), 3, 2, 2),
-                           offsets.data(), kGemm, out.data());
+                           offsets.data(), kGemm, out.data(), scratch());
   CHECK_EQUAL(out, (std::vector<float>{1, 2, 40, 30, 0, 0}));
 }
 
@@ -35,7 +40,7 @@ TEST(an_expert_without_rows_has_a_zero_weight_gradient) {
   const std::vector<int32_t> offsets = {0, 0, 2};
   std::vector<float> out(2, NAN);
   fomoe::cpu::grouped_gemm_wgrad(fomoe::DType::kFloat32, left.data(), right.data(), offsets.data(),
-                                 2, 1, 1, kGemm, out.data());
+                                 2, 1, 1, kGemm, out.data(), scratch());
   CHECK_EQUAL(out, (std::vector<float>{0, 2 * 10 + 3 * 100}));
 }
 
@@ -59,7 +64,7 @@ TEST(every_dtype_equals_the_reference_also_transposed_and_beyond_one_run) {
                                      offsets.data(), expected.data());
       Array out(dtype, num_rows * cols);
       fomoe::cpu::grouped_gemm(rows.data(), num_rows, b(dtype, weight.data()), offsets.data(),
-                               kGemm, out.data());
+                               kGemm, out.data(), scratch());
       CHECK_ALL_CLOSE(out.values(), expected, samples::tolerance(dtype));
     }
     std::vector<double> expected(3 * inner * cols);
@@ -67,7 +72,7 @@ TEST(every_dtype_equals_the_reference_also_transposed_and_beyond_one_run) {
                                          3, inner, cols, expected.data());
     Array out(dtype, 3 * inner * cols);
     fomoe::cpu::grouped_gemm_wgrad(dtype, rows.data(), grad.data(), offsets.data(), 3, inner, cols,
-                                   kGemm, out.data());
+                                   kGemm, out.data(), scratch());
     CHECK_ALL_CLOSE(out.values(), expected, samples::tolerance(dtype));
   }
 }
@@ -84,8 +89,8 @@ TEST(empty_extents_give_zeros_or_nothing) {
   const std::vector<int32_t> offsets = {0, 2};
   std::vector<float> out(4, NAN);
   fomoe::cpu::grouped_gemm(nullptr, 2, dense(fomoe::DType::kFloat32, nullptr, 1, 0, 2),
-                           offsets.data(), kGemm, out.data());
+                           offsets.data(), kGemm, out.data(), scratch());
   CHECK_EQUAL(out, (std::vector<float>{0, 0, 0, 0}));
   fomoe::cpu::grouped_gemm(nullptr, 0, dense(fomoe::DType::kFloat32, nullptr, 0, 2, 2),
-                           offsets.data(), kGemm, nullptr);
+                           offsets.data(), kGemm, nullptr, scratch());
 }

@@ -64,9 +64,12 @@ struct Gemm {
 };
 
 namespace cpu {
+inline constexpr int64_t kGemmScratchBytes = int64_t{1} << 20;
+
 /// The same, by kernels of our own where they are faster than a library's, else by `library`.
+/// scratch: kGemmScratchBytes, overwritten.
 void multiply(const Gemm& library, DType dtype, const Matrix& a, const Matrix& b, const void* bias,
-              const DenseMatrix& c);
+              const DenseMatrix& c, void* scratch);
 }  // namespace cpu
 
 namespace reference {

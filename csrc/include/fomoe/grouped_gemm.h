@@ -17,14 +17,15 @@ namespace fomoe {
 inline constexpr int64_t kRowsPerGemm = 512;
 
 namespace cpu {
-/// rows [num_rows, b.rows], out [num_rows, b.cols], dense, of type b.dtype.
+/// rows [num_rows, b.rows], out [num_rows, b.cols], dense, of type b.dtype; scratch of
+/// kGemmScratchBytes.
 void grouped_gemm(const void* rows, int64_t num_rows, const ExpertMatrices& b,
-                  const int32_t* offsets, const Gemm& gemm, void* out);
+                  const int32_t* offsets, const Gemm& gemm, void* out, void* scratch);
 
 /// left [num_rows, out_rows], right [num_rows, out_cols], dense; out [E_local, out_rows, out_cols].
 void grouped_gemm_wgrad(DType dtype, const void* left, const void* right, const int32_t* offsets,
                         int64_t num_local_experts, int64_t out_rows, int64_t out_cols,
-                        const Gemm& gemm, void* out);
+                        const Gemm& gemm, void* out, void* scratch);
 }  // namespace cpu
 
 namespace reference {

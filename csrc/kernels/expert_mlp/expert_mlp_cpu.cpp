@@ -50,10 +50,12 @@ struct ForwardBuffers {
     pre = take_rows(mlp, workspace, run, mlp.pre_dim());
     hidden = take_rows(mlp, workspace, run, mlp.expert_dim());
     out = take_rows(mlp, workspace, mlp.routing.num_executed_rows(), mlp.dim());
+    scratch = workspace.take_bytes(kGemmScratchBytes);
   }
 
   Rows x, pre, hidden;  // of the current run
   Rows out;             // of all executed rows
+  void* scratch;        // of the current product
 };
 
 struct BackwardBuffers {
@@ -64,10 +66,12 @@ struct BackwardBuffers {
     hidden = take_rows(mlp, workspace, segment, mlp.expert_dim());
     d_pre = take_rows(mlp, workspace, segment, mlp.pre_dim());
     d_x = take_rows(mlp, workspace, mlp.routing.num_executed_rows(), mlp.dim());
+    scratch = workspace.take_bytes(kGemmScratchBytes);
   }
 
   Rows x, grad_y, hidden, d_pre;  // of the current expert
   Rows d_x;                       // of all executed rows
+  void* scratch;                  // of the current product
 };
 
 /// One expert's bias, or nullptr.
@@ -179,10 +183,10 @@ void expert_mlp(const ExpertMlp& mlp, const void* x, const void* weights, const 
       const DenseMatrix run_x = buffers.x.run(0, count), run_hidden = buffers.hidden.run(0, count);
       const DenseMatrix run_pre = pre ? all_pre.run(row, count) : buffers.pre.run(0, count);
       permute_range(dtype, x, mlp.routing, mlp.dim(), row, count, run_x.data);
-      multiply(gemm, dtype, run_x.view(), w1_transposed[expert], b1, run_pre);
+      multiply(gemm, dtype, run_x.view(), w1_transposed[expert], b1, run_pre, buffers.scratch);
       activate(mlp, run_pre.data, count, run_hidden.data);
       multiply(gemm, dtype, run_hidden.view(), w2_transposed[expert], b2,
-               buffers.out.run(row, count));
+               buffers.out.run(row, count), buffers.scratch);
     });
   }
   const int64_t executed = mlp.routing.num_executed_rows();
@@ -218,21 +222,24 @@ void expert_mlp_backward(const ExpertMlp& mlp, const void* grad_y, const void* x
       const DenseMatrix run_hidden = buffers.hidden.run(local, count);
       const DenseMatrix run_d_pre = buffers.d_pre.run(local, count);
       permute_range(dtype, grad_y, routing, dim, row, count, run_grad_y.data);
-      multiply(gemm, dtype, run_grad_y.view(), mlp.w2[expert], nullptr, run_hidden);
+      multiply(gemm, dtype, run_grad_y.view(), mlp.w2[expert], nullptr, run_hidden,
+               buffers.scratch);
       activate_backward(mlp, weights, pre_rows.at(row), row, count, run_hidden.data, run_d_pre.data,
                         gradient.weights);
       if (gradient.x) {
         multiply(gemm, dtype, run_d_pre.view(), mlp.w1[expert], nullptr,
-                 buffers.d_x.run(row, count));
+                 buffers.d_x.run(row, count), buffers.scratch);
       }
     });
     bias_gradient(mlp, expert, weights, buffers.grad_y.data, buffers.d_pre.data, gradient);
     if (!gradient.w1) continue;
     permute_range(dtype, x, routing, dim, segment, rows, buffers.x.data);
     multiply(gemm, dtype, buffers.grad_y.run(0, rows).view().transposed(),
-             buffers.hidden.run(0, rows).view(), nullptr, {d_w2.at(expert), dim, expert_dim});
+             buffers.hidden.run(0, rows).view(), nullptr, {d_w2.at(expert), dim, expert_dim},
+             buffers.scratch);
     multiply(gemm, dtype, buffers.d_pre.run(0, rows).view().transposed(),
-             buffers.x.run(0, rows).view(), nullptr, {d_w1.at(expert), pre_dim, dim});
+             buffers.x.run(0, rows).view(), nullptr, {d_w1.at(expert), pre_dim, dim},
+             buffers.scratch);
   }
   if (gradient.x) combine(dtype, buffers.d_x.data, nullptr, routing, dim, gradient.x);
 }

@@ -4,7 +4,7 @@
 // A library prepares code and operands for each new shape, and an expert's number of rows is never
 // the same twice. Here any shape takes the same code:
 //
-//   for each block of rows of a:            packed once, stays in the second level cache
+//   for each block of rows of a:            packed once into the scratch, second level cache
 //     for each panel of 32 columns of b:    packed in steps of 512 terms, first level cache;
 //     threads
 //       for each 12 rows of the block:      24 accumulators of 16 floats in registers
@@ -37,12 +37,13 @@
 namespace fomoe::cpu {
 namespace {
 
-constexpr int kRows = 12;               // of a, in registers
-constexpr int kCols = 32;               // of b: two vectors of 16 sums
-constexpr int64_t kStep = 512;          // terms of a packed panel of b
-constexpr int64_t kBlockPairs = 98304;  // a packed block of a: 384 KiB
+constexpr int kRows = 12;       // of a, in registers
+constexpr int kCols = 32;       // of b: two vectors of 16 sums
+constexpr int64_t kStep = 512;  // terms of a packed panel of b
+constexpr int64_t kPairsPerFetch = 4;
+constexpr int64_t kBlockPairs = kGemmScratchBytes / 4;  // of a packed block of a
 constexpr int64_t kMaxBlockRows = 384;
-constexpr int64_t kShortestBlock = 48;  // rows; with fewer, packing b costs too much
+constexpr int64_t kShortestBlock = 96;  // rows; with fewer, packing b costs too much
 
 /// Lines of a matrix: the terms that a product sums over run along them.
 struct Lines {
@@ -150,25 +151,35 @@ void pack(const Lines& lines, int64_t first, int64_t count, int64_t term, int64_
   }
 }
 
+/// Memory to fetch into the second level cache while multiplying, one address per cache line.
+struct Fetches {
+  const uint16_t* const* next;
+  const uint16_t* const* end;
+};
+
 /// sums [rows][32] (+)= packed a [pairs][12] times packed b [pairs][32].
 template <int rows>
 FOMOE_AVX512_BF16 void accumulate(const uint32_t* a, const uint32_t* b, int64_t pairs,
-                                  bool is_first, float* sums) {
+                                  bool is_first, float* sums, Fetches& fetches) {
   __m512 s[rows][2];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
     s[i][0] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kCols);
     s[i][1] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kCols + 16);
   }
-  for (int64_t p = 0; p < pairs; ++p) {
-    const auto b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + p * kCols));
-    const auto b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + p * kCols + 16));
+  for (int64_t begin = 0; begin < pairs; begin += kPairsPerFetch) {
+    if (fetches.next < fetches.end) __builtin_prefetch(*fetches.next++, 0, 2);
+    const int64_t end = begin + kPairsPerFetch < pairs ? begin + kPairsPerFetch : pairs;
+    for (int64_t p = begin; p < end; ++p) {
+      const auto b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + p * kCols));
+      const auto b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + p * kCols + 16));
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      const auto pair =
-          reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[p * kRows + i])));
-      s[i][0] = _mm512_dpbf16_ps(s[i][0], pair, b0);
-      s[i][1] = _mm512_dpbf16_ps(s[i][1], pair, b1);
+      for (int i = 0; i < rows; ++i) {
+        const auto pair =
+            reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[p * kRows + i])));
+        s[i][0] = _mm512_dpbf16_ps(s[i][0], pair, b0);
+        s[i][1] = _mm512_dpbf16_ps(s[i][1], pair, b1);
+      }
     }
   }
 #pragma GCC unroll 12
@@ -178,7 +189,7 @@ FOMOE_AVX512_BF16 void accumulate(const uint32_t* a, const uint32_t* b, int64_t 
   }
 }
 
-using Accumulate12 = void (*)(const uint32_t*, const uint32_t*, int64_t, bool, float*);
+using Accumulate12 = void (*)(const uint32_t*, const uint32_t*, int64_t, bool, float*, Fetches&);
 constexpr Accumulate12 kAccumulate[kRows + 1] = {
     nullptr,        accumulate<1>,  accumulate<2>, accumulate<3>, accumulate<4>,
     accumulate<5>,  accumulate<6>,  accumulate<7>, accumulate<8>, accumulate<9>,
@@ -204,22 +215,47 @@ FOMOE_AVX512_BF16 void round_panel(const float* sums, const uint16_t* bias, int6
   }
 }
 
-/// Columns [col, col + cols) of c for one packed block of rows of a.
+/// Writes down the cache lines that pack() will read for these lines and terms; returns how many.
+int64_t cache_lines(const Lines& lines, int64_t first, int64_t count, int64_t term, int64_t terms,
+                    const uint16_t** addresses) {
+  const uint16_t* data = lines.data + first * lines.line_stride + term * lines.term_stride;
+  const bool is_transposed = lines.term_stride == 1;
+  const int64_t outer = is_transposed ? count : terms, inner = is_transposed ? terms : 1;
+  const int64_t stride = is_transposed ? lines.line_stride : lines.term_stride;
+  int64_t found = 0;
+  for (int64_t i = 0; i < outer; ++i) {
+    for (int64_t j = 0; j < inner; j += 32) addresses[found++] = data + i * stride + j;
+  }
+  return found;
+}
+
+/// Columns [col, col + kCols) of c, as far as there are, for one packed block of rows of a.
 void multiply_panel(const uint32_t* block, int64_t rows, int64_t terms, const Lines& b, int64_t col,
-                    int64_t cols, const uint16_t* bias, uint16_t* c, int64_t c_stride) {
+                    const uint16_t* bias, uint16_t* c, int64_t num_cols) {
   alignas(64) uint32_t panel[kStep / 2 * kCols];
   alignas(64) float sums[kMaxBlockRows * kCols];
+  const uint16_t* addresses[kStep];
   const int64_t pairs = ceil_div(terms, 2);
+  const auto cols_from = [&](int64_t begin) { return std::min<int64_t>(kCols, num_cols - begin); };
   for (int64_t term = 0; term < terms; term += kStep) {
     const int64_t step = std::min(kStep, terms - term);
-    pack(b, col, cols, term, step, kCols, panel);
+    pack(b, col, cols_from(col), term, step, kCols, panel);
+    // b comes from memory, once. What is packed next is fetched while this is multiplied, and
+    // evenly over that time: a burst of fetches would make the processor wait for them.
+    const bool is_last = term + step == terms;
+    const int64_t next_col = is_last ? col + kCols : col, next_term = is_last ? 0 : term + step;
+    Fetches fetches = {addresses, addresses};
+    if (next_col < num_cols) {
+      fetches.end += cache_lines(b, next_col, cols_from(next_col), next_term,
+                                 std::min(kStep, terms - next_term), addresses);
+    }
     for (int64_t row = 0; row < rows; row += kRows) {
       kAccumulate[std::min<int64_t>(kRows, rows - row)](block + row * pairs + term / 2 * kRows,
                                                         panel, ceil_div(step, 2), term == 0,
-                                                        sums + row * kCols);
+                                                        sums + row * kCols, fetches);
     }
   }
-  round_panel(sums, bias, rows, col, cols, c, c_stride);
+  round_panel(sums, bias, rows, col, cols_from(col), c, num_cols);
 }
 
 /// Whether dot products are this processor's fastest way: not when it also has AMX tiles.
@@ -232,7 +268,8 @@ bool is_fastest_with_dot_products() {
 
 }  // namespace
 
-bool multiply_bf16(const Matrix& a, const Matrix& b, const void* bias, const DenseMatrix& c) {
+bool multiply_bf16(const Matrix& a, const Matrix& b, const void* bias, const DenseMatrix& c,
+                   void* scratch) {
   static const bool is_fastest = is_fastest_with_dot_products();
   const Lines rows = {static_cast<const uint16_t*>(a.data), a.row_stride, a.col_stride};
   const Lines cols = {static_cast<const uint16_t*>(b.data), b.col_stride, b.row_stride};
@@ -242,7 +279,7 @@ bool multiply_bf16(const Matrix& a, const Matrix& b, const void* bias, const Den
   if (!is_fastest || !is_dense(rows) || !is_dense(cols)) return false;
   if (block_rows < std::min(kShortestBlock, c.rows)) return false;
 
-  alignas(64) uint32_t block[kBlockPairs];
+  uint32_t* block = static_cast<uint32_t*>(scratch);
   for (int64_t first = 0; first < c.rows; first += block_rows) {
     const int64_t count = std::min(block_rows, c.rows - first);
     for (int64_t row = 0; row < count; row += kRows) {
@@ -252,9 +289,8 @@ bool multiply_bf16(const Matrix& a, const Matrix& b, const void* bias, const Den
     uint16_t* out = static_cast<uint16_t*>(c.data) + first * c.cols;
     parallel_for(ceil_div(c.cols, kCols), 1, [&](int64_t begin, int64_t end) {
       for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t col = panel * kCols;
-        multiply_panel(block, count, terms, cols, col, std::min<int64_t>(kCols, c.cols - col),
-                       static_cast<const uint16_t*>(bias), out, c.cols);
+        multiply_panel(block, count, terms, cols, panel * kCols, static_cast<const uint16_t*>(bias),
+                       out, c.cols);
       }
     });
   }
@@ -266,7 +302,9 @@ bool multiply_bf16(const Matrix& a, const Matrix& b, const void* bias, const Den
 #else
 
 namespace fomoe::cpu {
-bool multiply_bf16(const Matrix&, const Matrix&, const void*, const DenseMatrix&) { return false; }
+bool multiply_bf16(const Matrix&, const Matrix&, const void*, const DenseMatrix&, void*) {
+  return false;
+}
 }  // namespace fomoe::cpu
 
 #endif

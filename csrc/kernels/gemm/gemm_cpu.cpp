@@ -89,10 +89,10 @@ bool multiply_few(const Matrix& a, const Matrix& b, const void* bias, const Dens
 }  // namespace
 
 void multiply(const Gemm& library, DType dtype, const Matrix& a, const Matrix& b, const void* bias,
-              const DenseMatrix& c) {
+              const DenseMatrix& c, void* scratch) {
   bool is_done = false;
   dispatch(dtype, [&](auto element) { is_done = multiply_few<decltype(element)>(a, b, bias, c); });
-  if (!is_done && dtype == DType::kBFloat16) is_done = multiply_bf16(a, b, bias, c);
+  if (!is_done && dtype == DType::kBFloat16) is_done = multiply_bf16(a, b, bias, c, scratch);
   if (!is_done) library(dtype, a, b, bias, c);
 }
 

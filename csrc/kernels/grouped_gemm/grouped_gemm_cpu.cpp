@@ -9,7 +9,7 @@
 namespace fomoe::cpu {
 
 void grouped_gemm(const void* rows, int64_t num_rows, const ExpertMatrices& b,
-                  const int32_t* offsets, const Gemm& gemm, void* out) {
+                  const int32_t* offsets, const Gemm& gemm, void* out, void* scratch) {
   const DType dtype = b.dtype;
   const ConstRows in_rows = {rows, dtype, b.rows};
   const Rows out_rows = {out, dtype, b.cols};
@@ -17,7 +17,8 @@ void grouped_gemm(const void* rows, int64_t num_rows, const ExpertMatrices& b,
   for (int64_t expert = 0; expert < b.num_experts; ++expert) {
     for (int64_t row = offsets[expert]; row < offsets[expert + 1]; row += kRowsPerGemm) {
       const int64_t count = std::min<int64_t>(kRowsPerGemm, offsets[expert + 1] - row);
-      multiply(gemm, dtype, in_rows.run(row, count), b[expert], nullptr, out_rows.run(row, count));
+      multiply(gemm, dtype, in_rows.run(row, count), b[expert], nullptr, out_rows.run(row, count),
+               scratch);
     }
   }
   const int64_t executed = offsets[b.num_experts];
@@ -26,7 +27,7 @@ void grouped_gemm(const void* rows, int64_t num_rows, const ExpertMatrices& b,
 
 void grouped_gemm_wgrad(DType dtype, const void* left, const void* right, const int32_t* offsets,
                         int64_t num_local_experts, int64_t out_rows, int64_t out_cols,
-                        const Gemm& gemm, void* out) {
+                        const Gemm& gemm, void* out, void* scratch) {
   const ConstRows left_rows = {left, dtype, out_rows}, right_rows = {right, dtype, out_cols};
   const Rows matrices = {out, dtype, out_rows * out_cols};
   for (int64_t expert = 0; expert < num_local_experts; ++expert) {
@@ -36,7 +37,7 @@ void grouped_gemm_wgrad(DType dtype, const void* left, const void* right, const 
       continue;
     }
     multiply(gemm, dtype, left_rows.run(first, count).transposed(), right_rows.run(first, count),
-             nullptr, {matrices.at(expert), out_rows, out_cols});
+             nullptr, {matrices.at(expert), out_rows, out_cols}, scratch);
   }
 }
 
