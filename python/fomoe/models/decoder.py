@@ -19,7 +19,7 @@ from fomoe.nn.validation import (
     require_booleans,
     require_choice,
     require_numbers,
-    require_positive_integers,
+    require_integers,
 )
 
 
@@ -54,7 +54,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        require_positive_integers(self, counts)
+        require_integers(self, counts, at_least=1)
         require_choice(self, "norm", ("pre", "peri"))
         require_booleans(self, ("tie_embeddings",))
         require_numbers(self, ("residual_scale", "rope_theta", "norm_epsilon"), above=0)
