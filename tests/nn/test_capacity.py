@@ -34,7 +34,7 @@ def test_an_even_load_fits_into_a_factor_of_one():
         (1.0, 9, 3),  # 9 / 4, rounded up
         (1.25, 8, 3),  # 2.5
         (0.01, 8, 1),
-        (1.1, 120, 33),  # in floats 1.1 * 120 / 4 is a little more than 33
+        (2.2, 100, 55),  # in floats 2.2 * 100 / 4 is a little more than 55
         (1 / 3, 12, 1),
         (100, 8, 8),
         (1.0, 0, 0),

@@ -160,6 +160,8 @@ class MoE(nn.Module):
 
     def _observe(self, gate: GateOutput, routing: Routing) -> None:
         """Keep the auxiliary loss and add to the statistics, without waiting for the device."""
+        if torch.compiler.is_exporting():  # an exported program is for inference
+            return
         loss = self._router_loss(gate)  # again in a recompute: checkpoint wants the same tensors
         if _in_backward():
             return
