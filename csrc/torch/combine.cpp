@@ -28,7 +28,7 @@ Tensor combine_cpu(const Tensor& rows, std::optional<Tensor> weights, const Tens
   check_shape("combine", "rows", rows, {routing.num_rows(), -1}, "(T*K, D)");
   if (weights) weights = dense_weights("combine", *weights, rows, routing);
   const Tensor dense = torch::stable::contiguous(rows);
-  Tensor y = torch::stable::new_empty(rows, {routing.num_tokens, rows.size(1)});
+  Tensor y = empty_result(rows, {routing.num_tokens, rows.size(1)});
   cpu::combine(dtype, dense.const_data_ptr(), weights ? weights->const_data_ptr() : nullptr,
                routing, rows.size(1), y.mutable_data_ptr());
   return y;
@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> combine_backward_cpu(const Tensor& grad_y, const Tens
   const Tensor slot_weights = dense_weights(op, weights, rows, routing);
   const Tensor dense_grad = torch::stable::contiguous(grad_y);
   const Tensor dense_rows = torch::stable::contiguous(rows);
-  Tensor d_rows = torch::stable::new_empty(rows, {routing.num_rows(), rows.size(1)});
-  Tensor d_weights = torch::stable::new_empty(weights, {routing.num_tokens, routing.top_k});
+  Tensor d_rows = empty_result(rows, {routing.num_rows(), rows.size(1)});
+  Tensor d_weights = empty_result(weights, {routing.num_tokens, routing.top_k});
   cpu::combine_backward(dtype, dense_grad.const_data_ptr(), dense_rows.const_data_ptr(),
                         slot_weights.const_data_ptr(), routing, rows.size(1),
                         d_rows.mutable_data_ptr(), d_weights.mutable_data_ptr());

@@ -36,7 +36,7 @@ Tensor grouped_gemm_cpu(const Tensor& rows, const Tensor& weight, const Tensor& 
   check(b.rows == rows.size(1), "fomoe::", op, ": weight must have shape ",
         transpose_weight ? "(E_local, Kd, N)" : "(E_local, N, Kd)", " with Kd = ", rows.size(1),
         ", got ", shape_of(weight));
-  Tensor out = torch::stable::new_empty(rows, {rows.size(0), b.cols});
+  Tensor out = empty_result(rows, {rows.size(0), b.cols});
   cpu::grouped_gemm(dense.const_data_ptr(), rows.size(0), b, values_of<int32_t>(segments),
                     aten_gemm(), out.mutable_data_ptr());
   return out;
@@ -52,7 +52,7 @@ Tensor grouped_gemm_wgrad_cpu(const Tensor& left, const Tensor& right, const Ten
   const Tensor dense_left = torch::stable::contiguous(left);
   const Tensor dense_right = torch::stable::contiguous(right);
   const int64_t num_local_experts = offsets.size(0) - 1;
-  Tensor out = torch::stable::new_empty(left, {num_local_experts, left.size(1), right.size(1)});
+  Tensor out = empty_result(left, {num_local_experts, left.size(1), right.size(1)});
   cpu::grouped_gemm_wgrad(dtype, dense_left.const_data_ptr(), dense_right.const_data_ptr(),
                           values_of<int32_t>(segments), num_local_experts, left.size(1),
                           right.size(1), aten_gemm(), out.mutable_data_ptr());

@@ -32,10 +32,12 @@ STABLE_TORCH_LIBRARY(fomoe, m) {
   m.def("grouped_gemm_wgrad(Tensor left, Tensor right, Tensor offsets) -> Tensor");
 
   m.def(
-      "expert_mlp(Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor slot_to_row, "
-      "Tensor row_to_slot, Tensor offsets, int activation) -> (Tensor y, Tensor pre_activation)");
+      "expert_mlp(Tensor x, Tensor weights, Tensor w1, Tensor w2, Tensor? b1, Tensor? b2, "
+      "Tensor slot_to_row, Tensor row_to_slot, Tensor offsets, int activation, "
+      "bool keep_pre_activation) -> (Tensor y, Tensor pre_activation)");
   m.def(
       "expert_mlp_backward(Tensor grad_y, Tensor x, Tensor weights, Tensor w1, Tensor w2, "
-      "Tensor pre_activation, Tensor slot_to_row, Tensor row_to_slot, Tensor offsets, "
-      "int activation) -> (Tensor d_x, Tensor d_weights, Tensor d_w1, Tensor d_w2)");
+      "Tensor? b1, Tensor? b2, Tensor pre_activation, Tensor slot_to_row, Tensor row_to_slot, "
+      "Tensor offsets, int activation, bool needs_x, bool needs_experts) "
+      "-> (Tensor d_x, Tensor d_weights, Tensor d_w1, Tensor d_w2, Tensor d_b1, Tensor d_b2)");
 }

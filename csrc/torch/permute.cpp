@@ -13,7 +13,7 @@ Tensor permute_cpu(const Tensor& x, const Tensor& slot_to_row, const Tensor& row
   const Routing routing = routing_of("permute", slot_to_row, row_to_slot, offsets, holder);
   check_shape("permute", "x", x, {routing.num_tokens, -1}, "(T, D)");
   const Tensor dense = torch::stable::contiguous(x);
-  Tensor rows = torch::stable::new_empty(x, {routing.num_rows(), x.size(1)});
+  Tensor rows = empty_result(x, {routing.num_rows(), x.size(1)});
   cpu::permute(dtype, dense.const_data_ptr(), routing, x.size(1), rows.mutable_data_ptr());
   return rows;
 }

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -118,9 +119,15 @@ inline T* values_of(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+/// A dense CPU tensor that a kernel is about to write, of the dtype and device of `like` unless
+/// another dtype is given. A large one asks for huge pages: fresh memory is otherwise mapped page
+/// by page, which for the gradients of many small experts takes longer than computing them.
+Tensor empty_result(const Tensor& like, std::initializer_list<int64_t> sizes,
+                    std::optional<ScalarType> dtype = std::nullopt);
+
 /// Memory for a kernel; freed with the tensor.
 inline Tensor workspace_like(const Tensor& tensor, int64_t bytes) {
-  return torch::stable::new_empty(tensor, {bytes}, ScalarType::Byte);
+  return empty_result(tensor, {bytes}, ScalarType::Byte);
 }
 
 /// The routing tensors of `route`, checked against each other. They are made contiguous into

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fomoe/expert_mlp.h"
 
+#include <array>
+
 #include "samples.h"
 
 using fomoe::Activation;
@@ -10,6 +12,8 @@ using samples::Array;
 namespace {
 
 const fomoe::Gemm kGemm = fomoe::reference::gemm();
+constexpr Activation kActivations[] = {Activation::kSwiglu, Activation::kSilu,
+                                       Activation::kSwigluClamped};
 
 /// Inputs of one dtype and the same values in double.
 struct Case {
@@ -17,70 +21,112 @@ struct Case {
        int64_t expert_dim)
       : dtype(dtype),
         routing(samples::random_routing(num_tokens, top_k, 5)),
-        pre_dim(expert_dim * (activation == Activation::kSwiglu ? 2 : 1)),
+        pre_dim(expert_dim * (fomoe::is_gated(activation) ? 2 : 1)),
         x(dtype, harness::random_values(num_tokens * dim, 1)),
         grad_y(dtype, harness::random_values(num_tokens * dim, 2)),
         weights(samples::accumulate_dtype(dtype), harness::random_values(num_tokens * top_k, 3)),
         w1(dtype, harness::random_values(3 * pre_dim * dim, 4)),
         w2(dtype, harness::random_values(3 * dim * expert_dim, 6)),
-        w1_double(w1.values()),
-        w2_double(w2.values()),
-        mlp(of(dtype, activation, w1.data(), w2.data(), dim, expert_dim)),
-        mlp_double(of(samples::DType::kFloat64, activation, w1_double.data(), w2_double.data(), dim,
-                      expert_dim)) {}
+        b1(dtype, harness::random_values(3 * pre_dim, 7)),
+        b2(dtype, harness::random_values(3 * dim, 8)),
+        in_double{w1.values(), w2.values(), b1.values(), b2.values()},
+        mlp(of(dtype, activation, {w1.data(), w2.data(), b1.data(), b2.data()}, dim, expert_dim)),
+        mlp_double(
+            of(samples::DType::kFloat64, activation,
+               {in_double[0].data(), in_double[1].data(), in_double[2].data(), in_double[3].data()},
+               dim, expert_dim)) {}
 
-  ExpertMlp of(samples::DType type, Activation activation, const void* first, const void* second,
+  ExpertMlp of(samples::DType type, Activation activation, std::array<const void*, 4> weights,
                int64_t dim, int64_t expert_dim) const {
     return {activation,
-            {type, first, 3, pre_dim, dim, pre_dim * dim, dim, 1},
-            {type, second, 3, dim, expert_dim, dim * expert_dim, expert_dim, 1},
+            {type, weights[0], 3, pre_dim, dim, pre_dim * dim, dim, 1},
+            {type, weights[1], 3, dim, expert_dim, dim * expert_dim, expert_dim, 1},
+            weights[2],
+            weights[3],
             routing.view};
+  }
+
+  Case without_biases() const {
+    Case result = *this;
+    result.mlp.b1 = result.mlp.b2 = result.mlp_double.b1 = result.mlp_double.b2 = nullptr;
+    return result;
   }
 
   samples::DType dtype;
   samples::OwnedRouting routing;
   int64_t pre_dim;
-  Array x, grad_y, weights, w1, w2;
-  std::vector<double> w1_double, w2_double;
+  Array x, grad_y, weights, w1, w2, b1, b2;
+  std::array<std::vector<double>, 4> in_double;  // w1, w2, b1, b2
   ExpertMlp mlp, mlp_double;
 };
+
+/// Gradients of a case: x, weights, w1, w2, b1, b2.
+std::array<Array, 6> gradient_arrays(const Case& sample, samples::DType dtype) {
+  const auto size = [](const std::vector<double>& values) {
+    return static_cast<int64_t>(values.size());
+  };
+  const fomoe::Routing& routing = sample.routing.view;
+  const bool has_biases = sample.mlp.b1 != nullptr;
+  return {Array(dtype, routing.num_tokens * sample.mlp.dim()),
+          Array(samples::accumulate_dtype(dtype), routing.num_rows()),
+          Array(dtype, size(sample.in_double[0])),
+          Array(dtype, size(sample.in_double[1])),
+          Array(dtype, has_biases ? size(sample.in_double[2]) : 0),
+          Array(dtype, has_biases ? size(sample.in_double[3]) : 0)};
+}
+
+fomoe::ExpertMlpGradient view(std::array<Array, 6>& arrays, bool has_biases) {
+  return {arrays[0].data(),
+          arrays[1].data(),
+          arrays[2].data(),
+          arrays[3].data(),
+          has_biases ? arrays[4].data() : nullptr,
+          has_biases ? arrays[5].data() : nullptr};
+}
 
 void check_against_the_reference(const Case& sample) {
   const int64_t tokens = sample.routing.view.num_tokens, rows = sample.routing.view.num_rows();
   const int64_t dim = sample.mlp.dim(), pre_dim = sample.pre_dim;
-  const auto w1_size = static_cast<int64_t>(sample.w1_double.size());
-  const auto w2_size = static_cast<int64_t>(sample.w2_double.size());
-  std::vector<double> y_expected(tokens * dim), pre_expected(rows * pre_dim), d_x(tokens * dim),
-      d_weights(rows), d_w1(w1_size), d_w2(w2_size);
+  const bool has_biases = sample.mlp.b1 != nullptr;
+  std::vector<double> y_expected(tokens * dim), pre_expected(rows * pre_dim);
   fomoe::reference::expert_mlp(sample.mlp_double, sample.x.values().data(),
                                sample.weights.values().data(), y_expected.data(),
                                pre_expected.data());
+  std::array<Array, 6> expected = gradient_arrays(sample, samples::DType::kFloat64);
   fomoe::reference::expert_mlp_backward(sample.mlp_double, sample.grad_y.values().data(),
                                         sample.x.values().data(), sample.weights.values().data(),
-                                        {d_x.data(), d_weights.data(), d_w1.data(), d_w2.data()});
+                                        view(expected, has_biases));
 
   const samples::DType dtype = sample.dtype;
-  Array y(dtype, tokens * dim), pre(dtype, rows * pre_dim);
+  Array y(dtype, tokens * dim), pre(dtype, rows * pre_dim), y_alone(dtype, tokens * dim);
   // Exactly what the kernel asks for, full of NaN.
   std::vector<char> workspace(fomoe::cpu::expert_mlp_workspace_bytes(sample.mlp), '\xff');
   fomoe::cpu::expert_mlp(sample.mlp, sample.x.data(), sample.weights.data(), kGemm, y.data(),
                          pre.data(), workspace.data());
+  fomoe::cpu::expert_mlp(sample.mlp, sample.x.data(), sample.weights.data(), kGemm, y_alone.data(),
+                         nullptr, workspace.data());
+  CHECK(y_alone.bytes() == y.bytes());
   // Pre-activation, hidden and output are each rounded to a 16-bit type.
   const double tolerance = samples::tolerance(dtype) * (fomoe::size_of(dtype) == 2 ? 4 : 1);
   CHECK_ALL_CLOSE(y.values(), y_expected, tolerance);
   CHECK_ALL_CLOSE(pre.values(), pre_expected, tolerance);
 
-  Array actual_x(dtype, tokens * dim), actual_w1(dtype, w1_size), actual_w2(dtype, w2_size),
-      actual_weights(samples::accumulate_dtype(dtype), rows);
+  std::array<Array, 6> actual = gradient_arrays(sample, dtype);
   workspace.assign(fomoe::cpu::expert_mlp_backward_workspace_bytes(sample.mlp), '\xff');
-  fomoe::cpu::expert_mlp_backward(
-      sample.mlp, sample.grad_y.data(), sample.x.data(), sample.weights.data(), pre.data(), kGemm,
-      {actual_x.data(), actual_weights.data(), actual_w1.data(), actual_w2.data()},
-      workspace.data());
-  CHECK_ALL_CLOSE(actual_x.values(), d_x, tolerance);
-  CHECK_ALL_CLOSE(actual_weights.values(), d_weights, tolerance);
-  CHECK_ALL_CLOSE(actual_w1.values(), d_w1, tolerance);
-  CHECK_ALL_CLOSE(actual_w2.values(), d_w2, tolerance);
+  fomoe::cpu::expert_mlp_backward(sample.mlp, sample.grad_y.data(), sample.x.data(),
+                                  sample.weights.data(), pre.data(), kGemm,
+                                  view(actual, has_biases), workspace.data());
+  for (size_t i = 0; i < actual.size(); ++i) {
+    CHECK_ALL_CLOSE(actual[i].values(), expected[i].values(), tolerance);
+  }
+  // Gradients that nobody wants change nothing else.
+  std::array<Array, 6> wanted = gradient_arrays(sample, dtype);
+  fomoe::ExpertMlpGradient only_weights = view(wanted, false);
+  only_weights.x = only_weights.w1 = only_weights.w2 = nullptr;
+  fomoe::cpu::expert_mlp_backward(sample.mlp, sample.grad_y.data(), sample.x.data(),
+                                  sample.weights.data(), pre.data(), kGemm, only_weights,
+                                  workspace.data());
+  CHECK(wanted[1].bytes() == actual[1].bytes());
 }
 
 }  // namespace
@@ -93,6 +139,8 @@ TEST(swiglu_is_silu_of_the_gate_times_up) {
   const ExpertMlp mlp = {Activation::kSwiglu,
                          {f64, w1.data(), 1, 2, 1, 2, 1, 1},
                          {f64, w2.data(), 1, 1, 1, 1, 1, 1},
+                         nullptr,
+                         nullptr,
                          routing.view};
   std::vector<double> y(1), pre(2);
   std::vector<char> workspace(fomoe::cpu::expert_mlp_workspace_bytes(mlp));
@@ -102,16 +150,46 @@ TEST(swiglu_is_silu_of_the_gate_times_up) {
   CHECK_CLOSE(y[0], 10 * 5 * (2 / (1 + std::exp(-2.0)) * 6), 1e-12);
 }
 
+TEST(a_clamped_gate_or_up_has_no_gradient) {
+  // D = F = 1, x = 1: pre is w1. The gate is beyond the limit, then the up is, on either side.
+  const samples::DType f64 = samples::DType::kFloat64;
+  const samples::OwnedRouting routing({0}, 1, {0}, 1);
+  for (const auto& [gate, up] : std::vector<std::pair<double, double>>{{9, 3}, {2, 9}, {2, -9}}) {
+    const std::vector<double> one = {1}, w1 = {gate, up};
+    const ExpertMlp mlp = {Activation::kSwigluClamped,
+                           {f64, w1.data(), 1, 2, 1, 2, 1, 1},
+                           {f64, one.data(), 1, 1, 1, 1, 1, 1},
+                           nullptr,
+                           nullptr,
+                           routing.view};
+    std::vector<double> y(1), pre(2), d_x(1), d_weights(1), d_w1(2), d_w2(1);
+    std::vector<char> workspace(fomoe::cpu::expert_mlp_backward_workspace_bytes(mlp) +
+                                fomoe::cpu::expert_mlp_workspace_bytes(mlp));
+    fomoe::cpu::expert_mlp(mlp, one.data(), one.data(), kGemm, y.data(), pre.data(),
+                           workspace.data());
+    const double g = std::min(gate, 7.0), u = std::clamp(up, -7.0, 7.0);
+    CHECK_CLOSE(y[0], g / (1 + std::exp(-1.702 * g)) * (u + 1), 1e-12);
+    fomoe::cpu::expert_mlp_backward(
+        mlp, one.data(), one.data(), one.data(), pre.data(), kGemm,
+        {d_x.data(), d_weights.data(), d_w1.data(), d_w2.data(), nullptr, nullptr},
+        workspace.data());
+    CHECK_EQUAL(d_w1[0] == 0, gate > 7);
+    CHECK_EQUAL(d_w1[1] == 0, std::abs(up) > 7);
+  }
+}
+
 TEST(every_dtype_and_activation_equals_the_reference) {
   for (samples::DType dtype : samples::kAllDTypes) {
-    for (Activation activation : {Activation::kSwiglu, Activation::kSilu}) {
-      check_against_the_reference(Case(dtype, activation, 13, 3, 5, 7));
+    for (Activation activation : kActivations) {
+      const Case sample(dtype, activation, 13, 3, 5, 7);
+      check_against_the_reference(sample);
+      check_against_the_reference(sample.without_biases());
     }
   }
 }
 
 TEST(an_expert_wider_than_one_tile_equals_the_reference) {
-  for (Activation activation : {Activation::kSwiglu, Activation::kSilu}) {
+  for (Activation activation : kActivations) {
     check_against_the_reference(Case(samples::DType::kFloat64, activation, 4, 2, 3, 600));
   }
 }

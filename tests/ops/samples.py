@@ -77,14 +77,23 @@ class Sample:
     def weights(self, dtype: torch.dtype) -> Tensor:
         return self.random(self.tokens, self.top_k, seed=4, dtype=sum_dtype(dtype))
 
+    def pre_dim(self, activation: str) -> int:
+        return self.expert_dim * (1 if activation == "silu" else 2)
+
     def w1(self, dtype: torch.dtype, activation: str = "swiglu") -> Tensor:
-        width = self.expert_dim * (2 if activation == "swiglu" else 1)
-        w1 = self.random(self.num_local_experts, width, self.dim, seed=5)
+        w1 = self.random(self.num_local_experts, self.pre_dim(activation), self.dim, seed=5)
         return (w1 / self.dim**0.5).to(dtype)
 
     def w2(self, dtype: torch.dtype) -> Tensor:
         w2 = self.random(self.num_local_experts, self.dim, self.expert_dim, seed=6)
         return (w2 / self.expert_dim**0.5).to(dtype)
+
+    def b1(self, dtype: torch.dtype, activation: str = "swiglu") -> Tensor:
+        shape = (self.num_local_experts, self.pre_dim(activation))
+        return 4 * self.random(*shape, seed=7, dtype=dtype)  # beyond the clamp's limit at times
+
+    def b2(self, dtype: torch.dtype) -> Tensor:
+        return self.random(self.num_local_experts, self.dim, seed=8, dtype=dtype)
 
 
 SAMPLES = [

@@ -10,6 +10,8 @@ from samples import DTYPES, SAMPLE, SAMPLES, assert_close, gradient_like, gradie
 
 from fomoe import ops, reference
 
+ACTIVATIONS = ["swiglu", "silu", "swiglu_clamped"]
+
 
 def inputs(sample, dtype, activation="swiglu"):
     return (
@@ -18,6 +20,10 @@ def inputs(sample, dtype, activation="swiglu"):
         leaf(sample.w1(dtype, activation)),
         leaf(sample.w2(dtype)),
     )
+
+
+def biases(sample, dtype, activation):
+    return {"b1": leaf(sample.b1(dtype, activation)), "b2": leaf(sample.b2(dtype))}
 
 
 def one_expert_routing():
@@ -39,22 +45,24 @@ def test_silu_is_the_two_matrix_expert():
     assert y.item() == pytest.approx(10 * 5 * (6 / (1 + math.exp(-6))), rel=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "silu"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["no biases", "biases"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("sample", SAMPLES, ids=name_of)
-def test_results_and_gradients_equal_the_reference(sample, dtype, activation):
+def test_results_and_gradients_equal_the_reference(sample, dtype, activation, has_bias):
     routing, results = sample.routing(), []
     for expert_mlp in (ops.expert_mlp, reference.expert_mlp):
         arguments = inputs(sample, dtype, activation)
-        y = expert_mlp(*arguments, routing, activation)
+        bias = biases(sample, dtype, activation) if has_bias else {}
+        y = expert_mlp(*arguments, routing, activation, **bias)
         y.backward(gradient_like(y))
-        results.append((y, *map(gradient_of, arguments)))
+        results.append((y, *map(gradient_of, (*arguments, *bias.values()))))
     for actual, expected in zip(*results, strict=True):
         # Pre-activation, hidden and output are each rounded to a 16-bit type.
         assert_close(actual, expected, dtype, scale=4 if dtype.itemsize == 2 else 1)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_bfloat16_is_rounded_where_the_reference_rounds(activation):
     # D = F = 1 leaves the matrix products no sum: only the roundings and silu can differ.
     sample = dataclasses.replace(SAMPLE, tokens=2000, dim=1, expert_dim=1)
@@ -104,12 +112,65 @@ def test_a_segment_longer_than_one_product_equals_the_reference():
         assert_close(actual, expected, torch.float64)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "silu"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradients_pass_gradcheck(activation):
     routing = SAMPLE.routing()
     x, weights, w1, w2 = inputs(SAMPLE, torch.float64, activation)
-    small = (leaf(x[:, :4]), weights, leaf(w1[:, :, :4]), leaf(w2[:, :4]))
-    torch.autograd.gradcheck(lambda *a: ops.expert_mlp(*a, routing, activation), small)
+    b1, b2 = biases(SAMPLE, torch.float64, activation).values()
+    small = (leaf(x[:, :4]), weights, leaf(w1[:, :, :4]), leaf(w2[:, :4]), b1, leaf(b2[:, :4]))
+
+    def experts(x, weights, w1, w2, b1, b2):
+        return ops.expert_mlp(x, weights, w1, w2, routing, activation, b1=b1, b2=b2)
+
+    torch.autograd.gradcheck(experts, small)
+
+
+def test_swiglu_clamped_is_the_activation_of_gpt_oss():
+    # D = F = 1, x = 1: gate 9 is clamped to 7, up -8 to -7; then gate 1 and up 2 pass.
+    x, weights, w2 = torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1, 1)
+    for gate, up, g, u in ((9.0, -8.0, 7.0, -7.0), (1.0, 2.0, 1.0, 2.0), (-9.0, 8.0, -9.0, 7.0)):
+        w1 = torch.tensor([[[gate], [up]]])
+        y = ops.expert_mlp(x, weights, w1, w2, one_expert_routing(), "swiglu_clamped")
+        assert y.item() == pytest.approx(g / (1 + math.exp(-1.702 * g)) * (u + 1), rel=1e-5)
+
+
+def test_biases_reach_a_token_once_per_expert_that_runs():
+    # Zero weights leave the biases: silu(b1) passes w2 = 0, so that y = sum of weight * b2.
+    ids = torch.tensor([[0, 1], [2, 1]], dtype=torch.int32)
+    routing = ops.route(ids, torch.tensor([0, 1, -1], dtype=torch.int32), 2)
+    weights = torch.tensor([[1.0, 10.0], [100.0, 1000.0]])
+    zeros = torch.zeros(2, 1, 1)
+    b2 = torch.tensor([[3.0], [5.0]])
+    y = ops.expert_mlp(torch.ones(2, 1), weights, zeros, zeros, routing, "silu", b2=b2)
+    assert y.tolist() == [[1 * 3 + 10 * 5], [1000 * 5]]  # expert 2 is a ghost
+
+
+@pytest.mark.parametrize("frozen", ["x", "experts"])
+def test_what_needs_no_gradient_gets_none_and_changes_no_other(frozen):
+    names = ("x", "weights", "w1", "w2")
+    full = dict(zip(names, inputs(SAMPLE, torch.float32), strict=True))
+    full |= biases(SAMPLE, torch.float32, "swiglu")
+    part = {name: leaf(tensor.detach()) for name, tensor in full.items()}
+    for name in part:
+        if (name == "x") == (frozen == "x") and name != "weights":
+            part[name].requires_grad_(False)
+    for arguments in (full, part):
+        ops.expert_mlp(**arguments, routing=SAMPLE.routing()).sum().backward()
+    assert part["weights"].grad is not None
+    for name, tensor in part.items():
+        assert (tensor.grad is None) != tensor.requires_grad
+        assert tensor.grad is None or torch.equal(tensor.grad, full[name].grad)
+
+
+def test_inference_keeps_no_pre_activation_and_gives_the_same_bits():
+    arguments = inputs(SAMPLE, torch.float32)
+    y = ops.expert_mlp(*arguments, SAMPLE.routing())
+    with torch.no_grad():
+        assert torch.equal(ops.expert_mlp(*arguments, SAMPLE.routing()), y)
+    code, routing = 0, SAMPLE.routing()
+    for keep, rows in ((True, SAMPLE.tokens * SAMPLE.top_k), (False, 0)):
+        kept = torch.ops.fomoe.expert_mlp(*arguments, None, None, *routing, code, keep)[1]
+        assert kept.shape == (rows, 2 * SAMPLE.expert_dim)
 
 
 def test_an_expanded_gradient_is_accepted():
@@ -161,12 +222,16 @@ def test_only_x_and_the_pre_activation_are_kept_for_the_backward():
         ("w2", lambda t: t[1:], r"w2 must have shape \(E_local, D, F\) = \(3, 17, any\)"),
         ("w2", lambda t: t[:, :, :0], r"w1 must have shape .* got \(3, 22, 17\)"),
         ("w1", lambda t: t[0], r"w1 must have 3 axes, got shape \(22, 17\)"),
-        ("activation", lambda _: "relu", "activation must be 'swiglu' or 'silu', got 'relu'"),
+        ("activation", lambda _: "relu", "activation must be .* 'swiglu_clamped', got 'relu'"),
+        ("b1", lambda t: t[:, 1:], r"b1 must have shape \(E_local, 2\*F\) = \(3, 22\)"),
+        ("b2", lambda t: t[1:], r"b2 must have shape \(E_local, D\) = \(3, 17\)"),
+        ("b2", lambda t: t.double(), "b2 must be float32, got float64"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(argument, change, message):
     names = ("x", "weights", "w1", "w2")
     arguments = dict(zip(names, inputs(SAMPLE, torch.float32), strict=True))
+    arguments |= biases(SAMPLE, torch.float32, "swiglu")
     arguments |= {"routing": SAMPLE.routing(), "activation": "swiglu"}
     arguments[argument] = change(arguments[argument])
     with pytest.raises(RuntimeError, match=f"fomoe::expert_mlp: {message}"):

@@ -27,8 +27,11 @@ def good_calls():
     bias = SAMPLE.random(SAMPLE.experts, seed=7, dtype=dtype)
     settings = {"score": 1, "score_after_top_k": False, "renormalize": False, "scale": 1.0}
     groups = {"num_groups": 1, "top_k_groups": 1, "group_score": 0}
-    layer = {"x": x, "weights": weights, "w1": w1, "w2": w2} | routing | {"activation": 0}
-    pre_activation = OPS.expert_mlp(**layer)[1]
+    biases = {"b1": SAMPLE.b1(dtype), "b2": SAMPLE.b2(dtype)}
+    layer = {"x": x, "weights": weights, "w1": w1, "w2": w2} | biases | routing | {"activation": 0}
+    forward = layer | {"keep_pre_activation": True}
+    backward = layer | {"needs_x": True, "needs_experts": True}
+    pre_activation = OPS.expert_mlp(**forward)[1]
     return {
         "topk_gate": (
             {"logits": logits, "bias": bias, "resident": resident, "top_k": 3} | settings | groups
@@ -47,8 +50,8 @@ def good_calls():
         "combine_backward": {"grad_y": x, "rows": rows, "weights": weights} | routing,
         "grouped_gemm": {"rows": rows, "weight": w1, "offsets": offsets, "transpose_weight": False},
         "grouped_gemm_wgrad": {"left": rows, "right": rows, "offsets": offsets},
-        "expert_mlp": layer,
-        "expert_mlp_backward": {"grad_y": x, "pre_activation": pre_activation} | layer,
+        "expert_mlp": forward,
+        "expert_mlp_backward": {"grad_y": x, "pre_activation": pre_activation} | backward,
     }
 
 
@@ -141,6 +144,6 @@ def test_unknown_codes_of_choices_are_refused():
     message = r"group_score must be 0 \(max\) or 1 \(top2_sum\), got 2"
     with pytest.raises(RuntimeError, match=message):
         OPS.topk_gate(**CALLS["topk_gate"] | {"group_score": 2})
-    message = r"activation must be 0 \(swiglu\) or 1 \(silu\), got -1"
+    message = r"activation must be 0 \(swiglu\), 1 \(silu\) or 2 \(swiglu_clamped\), got -1"
     with pytest.raises(RuntimeError, match=message):
         OPS.expert_mlp(**CALLS["expert_mlp"] | {"activation": -1})

@@ -60,10 +60,15 @@ def grouped_gemm(sample, dtype):
 def expert_mlp(sample, dtype):
     tensors = (sample.x(dtype), sample.weights(dtype), sample.w1(dtype), sample.w2(dtype))
     routing, swiglu = sample.routing(), ACTIVATIONS["swiglu"]
-    yield OPS.expert_mlp, (*map(leaf, tensors), *routing, swiglu)
-    _, pre_activation = OPS.expert_mlp(*tensors, *routing, swiglu)
     grad_y = gradient_like(tensors[0])
-    yield OPS.expert_mlp_backward, (grad_y, *tensors, pre_activation, *routing, swiglu)
+    for biases in ((None, None), (sample.b1(dtype), sample.b2(dtype))):
+        leaves = [None if bias is None else leaf(bias) for bias in biases]
+        yield OPS.expert_mlp, (*map(leaf, tensors), *leaves, *routing, swiglu, True)
+        _, pre_activation = OPS.expert_mlp(*tensors, *biases, *routing, swiglu, True)
+        common = (grad_y, *tensors, *biases, pre_activation, *routing, swiglu)
+        yield OPS.expert_mlp_backward, (*common, True, True)
+        yield OPS.expert_mlp_backward, (*common, False, False)
+    yield OPS.expert_mlp, (*tensors, None, None, *routing, swiglu, False)
 
 
 CALLS = [topk_gate, route, permute, combine, grouped_gemm, expert_mlp]

@@ -82,5 +82,7 @@ def test_without_resident_experts_the_output_is_zero():
 
 def test_an_unknown_activation_is_refused():
     x, weights, w1, w2 = sample("silu")
-    with pytest.raises(ValueError, match="activation must be 'swiglu' or 'silu', got 'relu'"):
+    with pytest.raises(
+        ValueError, match="must be 'swiglu', 'silu' or 'swiglu_clamped', got 'relu'"
+    ):
         expert_mlp(x, weights, w1, w2, route(IDS, EXPERT_MAP, 2), "relu")

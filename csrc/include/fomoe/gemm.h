@@ -48,18 +48,26 @@ struct ExpertMatrices {
   }
 };
 
-/// c = a b, every operand of type dtype, sums in its accumulation type or better, each element
-/// rounded once. No extent is zero. May throw; kernels call it outside of parallel regions.
+/// c = a b + bias, every operand of type dtype, sums in its accumulation type or better, each
+/// element rounded once. bias [c.cols] may be nullptr. No extent is zero. May throw; kernels call
+/// it outside of parallel regions.
 struct Gemm {
   using Function = void (*)(void* context, DType dtype, const Matrix& a, const Matrix& b,
-                            const DenseMatrix& c);
+                            const void* bias, const DenseMatrix& c);
   Function function;
   void* context;
 
-  void operator()(DType dtype, const Matrix& a, const Matrix& b, const DenseMatrix& c) const {
-    function(context, dtype, a, b, c);
+  void operator()(DType dtype, const Matrix& a, const Matrix& b, const void* bias,
+                  const DenseMatrix& c) const {
+    function(context, dtype, a, b, bias, c);
   }
 };
+
+namespace cpu {
+/// The same, by kernels of our own where they are faster than a library's, else by `library`.
+void multiply(const Gemm& library, DType dtype, const Matrix& a, const Matrix& b, const void* bias,
+              const DenseMatrix& c);
+}  // namespace cpu
 
 namespace reference {
 /// Three loops, sums in double.

@@ -8,67 +8,88 @@
 
 namespace fomoe::cpu {
 
-template <typename T>
-FOMOE_VECTORIZED static void activate_rows(Activation activation, const T* pre, int64_t num_rows,
-                                           int64_t expert_dim, T* hidden) {
-  using Real = Accumulate<T>;
-  const bool is_gated = activation == Activation::kSwiglu;
+/// One activation: its value at (gate, up), and its derivatives by both.
+template <typename Real>
+struct Activated {
+  Real value;
+  Real d_gate;
+  Real d_up;
+};
+
+template <Activation activation, typename Real>
+FOMOE_INLINE Activated<Real> activated(Real gate, Real up) {
+  if constexpr (activation == Activation::kSwigluClamped) {
+    // NaN passes the comparisons; a clamped input has no gradient.
+    constexpr Real limit = kClampedLimit, slope = kClampedSlope;
+    const Real g = gate > limit ? limit : gate;
+    const Real u = up > limit ? limit : up < -limit ? -limit : up;
+    const Real sigmoid = logistic(slope * g), act = g * sigmoid;
+    const Real d_act = sigmoid + slope * act * (Real(1) - sigmoid);
+    return {act * (u + Real(1)), gate > limit ? Real(0) : d_act * (u + Real(1)),
+            up > limit || up < -limit ? Real(0) : act};
+  } else {
+    const Real sigmoid = logistic(gate), silu = gate * sigmoid;
+    const Real d_silu = sigmoid + silu * (Real(1) - sigmoid);
+    if constexpr (activation == Activation::kSilu) return {silu, d_silu, Real(0)};
+    return {silu * up, d_silu * up, silu};
+  }
+}
+
+template <Activation activation, typename T>
+FOMOE_VECTORIZED static void activate_rows(const T* pre, int64_t num_rows, int64_t expert_dim,
+                                           T* hidden) {
+  constexpr bool gated = is_gated(activation);
   for (int64_t r = 0; r < num_rows; ++r) {
-    const T* gate = pre + r * expert_dim * (is_gated ? 2 : 1);
-    const T* up = gate + expert_dim;
+    const T* gate = pre + r * expert_dim * (gated ? 2 : 1);
+    const T* up = gated ? gate + expert_dim : gate;
     T* target = hidden + r * expert_dim;
-    if (is_gated) {
-      for (int64_t f = 0; f < expert_dim; ++f) {
-        const Real g = to_accumulate(gate[f]);
-        target[f] = from_accumulate<T>(g / (Real(1) + exponential(-g)) * to_accumulate(up[f]));
-      }
-    } else {
-      for (int64_t f = 0; f < expert_dim; ++f) {
-        const Real g = to_accumulate(gate[f]);
-        target[f] = from_accumulate<T>(g / (Real(1) + exponential(-g)));
-      }
+    for (int64_t f = 0; f < expert_dim; ++f) {
+      target[f] = from_accumulate<T>(
+          activated<activation>(to_accumulate(gate[f]), to_accumulate(up[f])).value);
     }
   }
 }
 
 /// Gradient of one row. `hidden` [F] holds d_hidden, the gradient without the combine weight, and
 /// becomes weight * act(pre), which the gradient of w2 needs. Returns <d_hidden, act(pre)>.
-template <typename T>
-FOMOE_VECTORIZED static Accumulate<T> activate_row_backward(Activation activation, const T* pre,
-                                                            Accumulate<T> weight,
+template <Activation activation, typename T>
+FOMOE_VECTORIZED static Accumulate<T> activate_row_backward(const T* pre, Accumulate<T> weight,
                                                             int64_t expert_dim, T* hidden,
                                                             T* d_pre) {
   using Real = Accumulate<T>;
+  constexpr bool gated = is_gated(activation);
   constexpr int64_t kTile = 256;
   Real products[kTile];
   Real dot = 0;
   for (int64_t begin = 0; begin < expert_dim; begin += kTile) {
     const int64_t count = expert_dim - begin < kTile ? expert_dim - begin : kTile;
-    const T *gate = pre + begin, *up = gate + expert_dim;
+    const T* gate = pre + begin;
+    const T* up = gated ? gate + expert_dim : gate;
     T *tile = hidden + begin, *d_gate = d_pre + begin, *d_up = d_gate + expert_dim;
-    if (activation == Activation::kSwiglu) {
-      for (int64_t f = 0; f < count; ++f) {
-        const Real g = to_accumulate(gate[f]), u = to_accumulate(up[f]);
-        const Real d_hidden = to_accumulate(tile[f]), d_act = weight * d_hidden;
-        const Real sigmoid = logistic(g), silu = g * sigmoid, act = silu * u;
-        products[f] = d_hidden * act;
-        tile[f] = from_accumulate<T>(weight * act);
-        d_gate[f] = from_accumulate<T>(d_act * u * (sigmoid + silu * (Real(1) - sigmoid)));
-        d_up[f] = from_accumulate<T>(d_act * silu);
-      }
-    } else {
-      for (int64_t f = 0; f < count; ++f) {
-        const Real g = to_accumulate(gate[f]);
-        const Real d_hidden = to_accumulate(tile[f]), d_act = weight * d_hidden;
-        const Real sigmoid = logistic(g), silu = g * sigmoid;
-        products[f] = d_hidden * silu;
-        tile[f] = from_accumulate<T>(weight * silu);
-        d_gate[f] = from_accumulate<T>(d_act * (sigmoid + silu * (Real(1) - sigmoid)));
-      }
+    for (int64_t f = 0; f < count; ++f) {
+      const auto act = activated<activation>(to_accumulate(gate[f]), to_accumulate(up[f]));
+      const Real d_hidden = to_accumulate(tile[f]), d_act = weight * d_hidden;
+      products[f] = d_hidden * act.value;
+      tile[f] = from_accumulate<T>(weight * act.value);
+      d_gate[f] = from_accumulate<T>(d_act * act.d_gate);
+      if constexpr (gated) d_up[f] = from_accumulate<T>(d_act * act.d_up);
     }
     dot += sum_of<Real>(count, [&](int64_t f) { return products[f]; });
   }
   return dot;
+}
+
+/// Calls function(std::integral_constant<Activation, activation>{}).
+template <typename Function>
+inline void dispatch(Activation activation, Function&& function) {
+  switch (activation) {
+    case Activation::kSwiglu:
+      return function(std::integral_constant<Activation, Activation::kSwiglu>{});
+    case Activation::kSilu:
+      return function(std::integral_constant<Activation, Activation::kSilu>{});
+    case Activation::kSwigluClamped:
+      return function(std::integral_constant<Activation, Activation::kSwigluClamped>{});
+  }
 }
 
 }  // namespace fomoe::cpu

@@ -17,7 +17,7 @@ void grouped_gemm(const void* rows, int64_t num_rows, const ExpertMatrices& b,
   for (int64_t expert = 0; expert < b.num_experts; ++expert) {
     for (int64_t row = offsets[expert]; row < offsets[expert + 1]; row += kRowsPerGemm) {
       const int64_t count = std::min<int64_t>(kRowsPerGemm, offsets[expert + 1] - row);
-      gemm(dtype, in_rows.run(row, count), b[expert], out_rows.run(row, count));
+      multiply(gemm, dtype, in_rows.run(row, count), b[expert], nullptr, out_rows.run(row, count));
     }
   }
   const int64_t executed = offsets[b.num_experts];
@@ -35,8 +35,8 @@ void grouped_gemm_wgrad(DType dtype, const void* left, const void* right, const 
       matrices.fill_zero(expert, 1);
       continue;
     }
-    gemm(dtype, left_rows.run(first, count).transposed(), right_rows.run(first, count),
-         {matrices.at(expert), out_rows, out_cols});
+    multiply(gemm, dtype, left_rows.run(first, count).transposed(), right_rows.run(first, count),
+             nullptr, {matrices.at(expert), out_rows, out_cols});
   }
 }
 

@@ -18,8 +18,8 @@ from fomoe.nn import MoE, MoEConfig
 from fomoe.nn.validation import (
     require_booleans,
     require_choice,
-    require_numbers,
     require_integers,
+    require_numbers,
 )
 
 

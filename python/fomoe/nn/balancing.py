@@ -77,9 +77,10 @@ def update_biases(model: nn.Module, process_group: dist.ProcessGroup | None = No
     balancers = [module for module in model.modules() if isinstance(module, LoadBalancer)]
     if not balancers:
         return
-    counts = torch.cat([balancer.counts for balancer in balancers])
+    own_counts = [balancer.counts for balancer in balancers]
+    counts = torch.cat(own_counts)
     if process_group is not None:
         dist.all_reduce(counts, group=process_group)
-    sizes = [len(balancer.counts) for balancer in balancers]
-    for balancer, own in zip(balancers, counts.split(sizes), strict=True):
+    split = torch.split_with_sizes(counts, [len(own) for own in own_counts])
+    for balancer, own in zip(balancers, split, strict=True):
         balancer.update(own)

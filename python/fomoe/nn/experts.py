@@ -102,9 +102,12 @@ class SharedExpert(FeedForward):
             weights_T1 = wide_linear(x_TD, self.gate).sigmoid()
         ids_T1 = torch.zeros(num_tokens, 1, dtype=torch.int32, device=x_TD.device)
         routing = route(ids_T1, expert_map=ids_T1.new_zeros(1), num_local_experts=1)
-        x_TD, weights = self._operands(x_TD)
-        w1, w2, b1, b2 = (None if tensor is None else tensor[None] for tensor in weights)
-        return expert_mlp(x_TD, weights_T1, w1, w2, routing, self.activation, b1=b1, b2=b2)
+        x_TD, (w1, w2, b1, b2) = self._operands(x_TD)
+        if b1 is not None and b2 is not None:
+            b1, b2 = b1[None], b2[None]
+        return expert_mlp(
+            x_TD, weights_T1, w1[None], w2[None], routing, self.activation, b1=b1, b2=b2
+        )
 
 
 def wide_linear(x_TD: Tensor, linear: nn.Linear) -> Tensor:

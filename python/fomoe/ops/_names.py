@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 GATE_SCORES = {"softmax": 0, "sigmoid": 1, "unit": 2}
 GROUP_SCORES = {"max": 0, "top2_sum": 1}
-ACTIVATIONS = {"swiglu": 0, "silu": 1}
+ACTIVATIONS = {"swiglu": 0, "silu": 1, "swiglu_clamped": 2}
 
 
 def code_of(op: str, argument: str, name: str, codes: Mapping[str, int]) -> int:
