@@ -53,15 +53,15 @@ def step(model: nn.Module, function, x: Tensor) -> dict[str, Tensor]:
     return {"y": y, "loss": loss, "x": x.grad, "counts": counts, "rows": rows, **gradients}
 
 
-def assert_compiles_once(model: nn.Module, sizes, mark=lambda x: None) -> None:
+def assert_compiles_once(model: nn.Module, sizes, mark=torch._dynamo.mark_dynamic) -> None:
     """Whole, forward and backward, with the results of eager, for all these numbers of tokens.
 
-    The default backend takes the same graphs, but a minute of C++ compilation for these tests.
+    The default backend takes the same graphs; compiling its C++ would take most of the suite.
     """
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for num_tokens in sizes:
         x = tokens(num_tokens)
-        mark(x)
+        mark(x, 0)
         with torch._dynamo.config.patch(error_on_recompile=num_tokens != sizes[0]):
             actual = step(model, compiled, x)
         for name, expected in step(model, model, tokens(num_tokens)).items():
@@ -86,7 +86,7 @@ def test_a_published_layer_compiles_whole_and_once_for_all_token_counts(settings
 def test_one_token_and_none_need_no_compilation_of_their_own():
     # torch specialises on sizes 0 and 1, dynamic or not, unless they are marked as unknown.
     moe = layer(**DEEPSEEK, capacity_factor=0.7)
-    assert_compiles_once(moe, [7, 1, 0, 64], mark=lambda x: mark_unbacked(x, 0))
+    assert_compiles_once(moe, [7, 1, 0, 64], mark=mark_unbacked)
 
 
 def test_a_step_of_the_selection_bias_needs_no_new_compilation():
