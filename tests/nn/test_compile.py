@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.decorators import mark_unbacked
+from torch.utils.checkpoint import checkpoint
 
 from fomoe.nn import MoE, MoEConfig, auxiliary_loss, initialize, update_biases
 
@@ -101,6 +102,19 @@ def test_a_step_of_the_selection_bias_needs_no_new_compilation():
             compiled(tokens(64))
     assert moe.load_balancer.counts.sum() == 2 * 64
     assert moe.statistics().load != before
+
+
+def test_a_checkpoint_compiles_with_the_layer_and_counts_once():
+    moe = layer(**DEEPSEEK)
+
+    def forward(x):
+        return checkpoint(moe, x, use_reentrant=False)
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        actual = step(moe, compiled, tokens(7))
+    for name, expected in step(moe, moe, tokens(7)).items():
+        assert torch.equal(actual[name], expected), name
 
 
 @pytest.mark.parametrize("settings", [DEEPSEEK, GPT_OSS], ids=["deepseek v3", "gpt-oss"])

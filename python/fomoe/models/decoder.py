@@ -40,8 +40,8 @@ class DecoderConfig:
     expert_dim: int
     num_experts: int
     top_k: int
-    activation: Literal["swiglu", "silu"] = "swiglu"
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    activation: Literal["swiglu", "silu", "swiglu_clamped"] = "swiglu"
+    score: Literal["softmax", "sigmoid", "unit"] = "softmax"
     renormalize: bool = False
     scale: float = 1.0
     norm: Literal["pre", "peri"] = "pre"  # peri also normalises each block's output

@@ -256,6 +256,7 @@ def _in_backward() -> bool:
 
     Its tokens were counted before, and its loss would keep the layer's recomputed activations
     alive. A compiled layer cannot ask: there a checkpoint from outside counts every token twice,
-    which changes no share.
+    which changes no share. A checkpoint inside what is compiled counts once, but torch wants
+    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`` to be set.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
