@@ -246,7 +246,7 @@ def _capacity_per_token(config: MoEConfig, num_candidates: int) -> tuple[int, in
     """Numerator and denominator of the factor times the even load of a single token."""
     if config.capacity_factor is None or num_candidates == 0:
         return None
-    factor = Fraction(str(config.capacity_factor)).limit_denominator(10**6)
+    factor = Fraction(config.capacity_factor).limit_denominator(10**6)
     share = factor * min(config.top_k, num_candidates) / num_candidates
     return share.numerator, share.denominator
 
