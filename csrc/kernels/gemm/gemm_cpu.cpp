@@ -7,6 +7,7 @@
 #include "fomoe/gemm.h"
 #include "fomoe/parallel.h"
 #include "fomoe/vectorize.h"
+#include "gemm_bf16.h"
 
 namespace fomoe::cpu {
 namespace {
@@ -91,6 +92,7 @@ void multiply(const Gemm& library, DType dtype, const Matrix& a, const Matrix& b
               const DenseMatrix& c) {
   bool is_done = false;
   dispatch(dtype, [&](auto element) { is_done = multiply_few<decltype(element)>(a, b, bias, c); });
+  if (!is_done && dtype == DType::kBFloat16) is_done = multiply_bf16(a, b, bias, c);
   if (!is_done) library(dtype, a, b, bias, c);
 }
 
