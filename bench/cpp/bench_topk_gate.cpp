@@ -21,11 +21,11 @@ void run(bench::DType dtype, const fomoe::Gate& gate) {
   const fomoe::GateResult result = {ids.data(), weights.data(), counts.data(), prob_sum.data(),
                                     z_sum.data()};
   bench::measure({"topk_gate", shape, dtype, logit_bytes + 8 * slots}, [&] {
-    fomoe::cpu::topk_gate(dtype, gate, logits.data(), result, workspace.data());
+    fomoe::cpu::topk_gate(dtype, gate, {logits.data()}, result, workspace.data());
   });
   const fomoe::GateGradient gradient = {weights.data(), prob_sum.data(), z_sum.data()};
   bench::measure({"topk_gate_backward", shape, dtype, 2 * logit_bytes + 8 * slots}, [&] {
-    fomoe::cpu::topk_gate_backward(dtype, gate, logits.data(), ids.data(), gradient,
+    fomoe::cpu::topk_gate_backward(dtype, gate, {logits.data()}, ids.data(), gradient,
                                    grad_logits.data());
   });
 }

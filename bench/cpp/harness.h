@@ -118,7 +118,8 @@ class UniformRouting {
     for (int64_t e = 0; e < num_experts; ++e) expert_map_[e] = static_cast<int32_t>(e);
     std::vector<char> workspace(fomoe::cpu::route_workspace_bytes(num_experts));
     fomoe::cpu::route(ids_.data(), num_tokens * top_k, expert_map_.data(), num_experts,
-                      slot_to_row_.data(), row_to_slot_.data(), offsets_.data(), workspace.data());
+                      fomoe::kDropless, slot_to_row_.data(), row_to_slot_.data(), offsets_.data(),
+                      workspace.data());
     view = {slot_to_row_.data(), row_to_slot_.data(), offsets_.data(), num_tokens, top_k,
             num_experts};
   }

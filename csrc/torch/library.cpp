@@ -5,14 +5,17 @@
 
 STABLE_TORCH_LIBRARY(fomoe, m) {
   m.def(
-      "topk_gate(Tensor logits, int top_k, int score, bool renormalize, float scale) "
+      "topk_gate(Tensor logits, Tensor? bias, Tensor? resident, int top_k, int score, "
+      "bool score_after_top_k, int num_groups, int top_k_groups, int group_score, "
+      "bool renormalize, float scale) "
       "-> (Tensor weights, Tensor prob_sum, Tensor z_sum, Tensor ids, Tensor counts)");
   m.def(
       "topk_gate_backward(Tensor? grad_weights, Tensor? grad_prob_sum, Tensor? grad_z_sum, "
-      "Tensor logits, Tensor ids, int score, bool renormalize, float scale) -> Tensor");
+      "Tensor logits, Tensor? resident, Tensor ids, int score, bool score_after_top_k, "
+      "bool renormalize, float scale) -> Tensor");
 
   m.def(
-      "route(Tensor ids, Tensor expert_map, int num_local_experts) "
+      "route(Tensor ids, Tensor expert_map, int num_local_experts, SymInt? capacity) "
       "-> (Tensor slot_to_row, Tensor row_to_slot, Tensor offsets)");
 
   m.def("permute(Tensor x, Tensor slot_to_row, Tensor row_to_slot, Tensor offsets) -> Tensor");

@@ -2,6 +2,7 @@
 #include "fomoe/route.h"
 
 #include <limits>
+#include <optional>
 #include <tuple>
 
 #include "tensor_args.h"
@@ -9,13 +10,16 @@
 namespace fomoe::binding {
 
 std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& ids, const Tensor& expert_map,
-                                             int64_t num_local_experts) {
+                                             int64_t num_local_experts,
+                                             std::optional<int64_t> capacity) {
   check_dtype("route", "ids", ids, ScalarType::Int);
   check_dtype("route", "expert_map", expert_map, ScalarType::Int);
   check_shape("route", "ids", ids, {-1, -1}, "(T, K)");
   check_shape("route", "expert_map", expert_map, {-1}, "(E,)");
   check(num_local_experts >= 0, "fomoe::route: num_local_experts must be at least 0, got ",
         num_local_experts);
+  const int64_t most_rows = capacity.value_or(kDropless);
+  check(most_rows >= 0, "fomoe::route: capacity must be at least 0, got ", most_rows);
   const int64_t num_experts = expert_map.size(0), top_k = ids.size(1);
   const int64_t num_slots = ids.size(0) * top_k;
   check(num_slots <= std::numeric_limits<int32_t>::max(),
@@ -37,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> route_cpu(const Tensor& ids, const Tensor& ex
   Tensor row_to_slot = torch::stable::new_empty(ids, {num_slots});
   Tensor offsets = torch::stable::new_empty(ids, {num_local_experts + 1});
   Tensor workspace = workspace_like(ids, cpu::route_workspace_bytes(num_local_experts));
-  cpu::route(id, num_slots, local, num_local_experts, values_of<int32_t>(slot_to_row),
+  cpu::route(id, num_slots, local, num_local_experts, most_rows, values_of<int32_t>(slot_to_row),
              values_of<int32_t>(row_to_slot), values_of<int32_t>(offsets),
              workspace.mutable_data_ptr());
   return {slot_to_row, row_to_slot, offsets};

@@ -58,6 +58,8 @@ inline const char* name_of(ScalarType type) {
       return "int32";
     case ScalarType::Long:
       return "int64";
+    case ScalarType::Bool:
+      return "bool";
     default:
       return "another dtype";
   }

@@ -9,29 +9,82 @@
 namespace fomoe::binding {
 namespace {
 
+using OptionalTensor = std::optional<Tensor>;
+
 Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, int64_t score, bool renormalize,
-             double scale) {
+             double scale, bool score_after_top_k) {
   check_shape(op, "logits", logits, {-1, -1}, "(T, E)");
   const int64_t num_experts = logits.size(1);
   check(num_experts <= kMaxExperts, "fomoe::", op, ": logits must have at most ", kMaxExperts,
         " experts, got shape ", shape_of(logits));
   check(1 <= top_k && top_k <= num_experts, "fomoe::", op, ": top_k must be in [1, ", num_experts,
         "], got ", top_k);
-  check(score == 0 || score == 1, "fomoe::", op, ": score must be 0 (softmax) or 1 (sigmoid), got ",
-        score);
-  return {logits.size(0), num_experts, top_k, static_cast<GateScore>(score), renormalize, scale};
+  check(0 <= score && score <= 2, "fomoe::", op,
+        ": score must be 0 (softmax), 1 (sigmoid) or 2 (unit), got ", score);
+  return {logits.size(0), num_experts,      top_k, static_cast<GateScore>(score), renormalize,
+          scale,          score_after_top_k};
+}
+
+void set_groups(Gate& gate, int64_t num_groups, int64_t top_k_groups, int64_t group_score) {
+  check(num_groups >= 1 && gate.num_experts % num_groups == 0,
+        "fomoe::topk_gate: num_groups must divide the ", gate.num_experts, " experts, got ",
+        num_groups);
+  check(1 <= top_k_groups && top_k_groups <= num_groups,
+        "fomoe::topk_gate: top_k_groups must be in [1, ", num_groups, "], got ", top_k_groups);
+  const int64_t group_size = gate.num_experts / num_groups;
+  check(gate.top_k <= top_k_groups * group_size, "fomoe::topk_gate: top_k_groups must be at least ",
+        (gate.top_k + group_size - 1) / group_size, " groups of ", group_size,
+        " experts for top_k = ", gate.top_k, ", got ", top_k_groups);
+  check(group_score == 0 || group_score == 1,
+        "fomoe::topk_gate: group_score must be 0 (max) or 1 (top2_sum), got ", group_score);
+  gate.num_groups = num_groups;
+  gate.top_k_groups = top_k_groups;
+  gate.group_score = static_cast<GroupScore>(group_score);
+}
+
+/// Checks an optional argument and makes it dense in place; nullptr if there is none.
+const void* dense_data(const char* op, const char* name, OptionalTensor& tensor, ScalarType type,
+                       std::initializer_list<int64_t> shape, const char* legend) {
+  if (!tensor) return nullptr;
+  check_dtype(op, name, *tensor, type);
+  check_shape(op, name, *tensor, shape, legend);
+  tensor = torch::stable::contiguous(*tensor);
+  return tensor->const_data_ptr();
+}
+
+const bool* dense_mask(const char* op, OptionalTensor& resident, const Gate& gate) {
+  return static_cast<const bool*>(
+      dense_data(op, "resident", resident, ScalarType::Bool, {gate.num_experts}, "(E,)"));
+}
+
+/// Each id must be -1 or that of an eligible expert.
+void check_ids(const char* op, const Gate& gate, const int32_t* ids, const bool* resident) {
+  const int64_t num_slots = gate.num_tokens * gate.top_k;
+  const int64_t bad_slot = cpu::first_outside(ids, num_slots, -1, gate.num_experts);
+  check(bad_slot < 0, "fomoe::", op, ": ids must be in [-1, ", gate.num_experts, "), got ",
+        bad_slot < 0 ? 0 : ids[bad_slot], " at slot ", bad_slot);
+  for (int64_t slot = 0; slot < num_slots && resident; ++slot) {
+    check(ids[slot] < 0 || resident[ids[slot]], "fomoe::", op,
+          ": ids must be resident experts, got ", ids[slot], " at slot ", slot);
+  }
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(const Tensor& logits,
-                                                                 int64_t top_k, int64_t score,
-                                                                 bool renormalize, double scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(
+    const Tensor& logits, OptionalTensor bias, OptionalTensor resident, int64_t top_k,
+    int64_t score, bool score_after_top_k, int64_t num_groups, int64_t top_k_groups,
+    int64_t group_score, bool renormalize, double scale) {
+  const char* op = "topk_gate";
   adopt_num_threads();
-  const DType dtype = float_dtype("topk_gate", "logits", logits);
-  const Gate gate = gate_of("topk_gate", logits, top_k, score, renormalize, scale);
+  const DType dtype = float_dtype(op, "logits", logits);
+  Gate gate = gate_of(op, logits, top_k, score, renormalize, scale, score_after_top_k);
+  set_groups(gate, num_groups, top_k_groups, group_score);
   const ScalarType sum_type = accumulate_type(logits.scalar_type());
   const Tensor dense = torch::stable::contiguous(logits);
+  const GateInput input = {dense.const_data_ptr(),
+                           dense_data(op, "bias", bias, sum_type, {gate.num_experts}, "(E,)"),
+                           dense_mask(op, resident, gate)};
 
   using torch::stable::new_empty;
   Tensor ids = new_empty(logits, {gate.num_tokens, top_k}, ScalarType::Int);
@@ -43,44 +96,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(const Tensor& l
   const GateResult result = {values_of<int32_t>(ids), weights.mutable_data_ptr(),
                              values_of<int64_t>(counts), prob_sum.mutable_data_ptr(),
                              z_sum.mutable_data_ptr()};
-  cpu::topk_gate(dtype, gate, dense.const_data_ptr(), result, workspace.mutable_data_ptr());
+  cpu::topk_gate(dtype, gate, input, result, workspace.mutable_data_ptr());
   return {weights, prob_sum, z_sum, ids, counts};
 }
 
-Tensor topk_gate_backward_cpu(std::optional<Tensor> grad_weights,
-                              std::optional<Tensor> grad_prob_sum, std::optional<Tensor> grad_z_sum,
-                              const Tensor& logits, const Tensor& ids, int64_t score,
-                              bool renormalize, double scale) {
+Tensor topk_gate_backward_cpu(OptionalTensor grad_weights, OptionalTensor grad_prob_sum,
+                              OptionalTensor grad_z_sum, const Tensor& logits,
+                              OptionalTensor resident, const Tensor& ids, int64_t score,
+                              bool score_after_top_k, bool renormalize, double scale) {
   const char* op = "topk_gate_backward";
   adopt_num_threads();
   const DType dtype = float_dtype(op, "logits", logits);
   check_dtype(op, "ids", ids, ScalarType::Int);
   check_shape(op, "ids", ids, {-1, -1}, "(T, K)");
-  const Gate gate = gate_of(op, logits, ids.size(1), score, renormalize, scale);
+  const Gate gate = gate_of(op, logits, ids.size(1), score, renormalize, scale, score_after_top_k);
   check_shape(op, "ids", ids, {gate.num_tokens, gate.top_k}, "(T, K)");
-  const Tensor dense_ids = torch::stable::contiguous(ids);
-  const auto* id = values_of<int32_t>(dense_ids);
-  const int64_t bad_slot =
-      cpu::first_outside(id, gate.num_tokens * gate.top_k, 0, gate.num_experts);
-  check(bad_slot < 0, "fomoe::", op, ": ids must be in [0, ", gate.num_experts, "), got ",
-        bad_slot < 0 ? 0 : id[bad_slot], " at slot ", bad_slot);
-
-  // Checks a gradient and makes it dense; undefined ones are left out.
-  const auto dense_gradient = [&](std::optional<Tensor>& gradient, const char* name,
-                                  std::initializer_list<int64_t> shape, const char* legend) {
-    if (!gradient) return static_cast<const void*>(nullptr);
-    check_dtype(op, name, *gradient, accumulate_type(logits.scalar_type()));
-    check_shape(op, name, *gradient, shape, legend);
-    gradient = torch::stable::contiguous(*gradient);
-    return static_cast<const void*>(gradient->const_data_ptr());
-  };
-  const GateGradient gradient = {
-      dense_gradient(grad_weights, "grad_weights", {gate.num_tokens, gate.top_k}, "(T, K)"),
-      dense_gradient(grad_prob_sum, "grad_prob_sum", {gate.num_experts}, "(E,)"),
-      dense_gradient(grad_z_sum, "grad_z_sum", {}, "()")};
   const Tensor dense = torch::stable::contiguous(logits);
+  const GateInput input = {dense.const_data_ptr(), nullptr, dense_mask(op, resident, gate)};
+  const Tensor dense_ids = torch::stable::contiguous(ids);
+  check_ids(op, gate, values_of<int32_t>(dense_ids), input.resident);
+
+  const ScalarType type = accumulate_type(logits.scalar_type());
+  const GateGradient gradient = {
+      dense_data(op, "grad_weights", grad_weights, type, {gate.num_tokens, gate.top_k}, "(T, K)"),
+      dense_data(op, "grad_prob_sum", grad_prob_sum, type, {gate.num_experts}, "(E,)"),
+      dense_data(op, "grad_z_sum", grad_z_sum, type, {}, "()")};
   Tensor grad_logits = torch::stable::new_empty(logits, {gate.num_tokens, gate.num_experts});
-  cpu::topk_gate_backward(dtype, gate, dense.const_data_ptr(), id, gradient,
+  cpu::topk_gate_backward(dtype, gate, input, values_of<int32_t>(dense_ids), gradient,
                           grad_logits.mutable_data_ptr());
   return grad_logits;
 }

@@ -85,7 +85,8 @@ class OwnedRouting {
       : slot_to_row_(ids.size()), row_to_slot_(ids.size()), offsets_(num_local_experts + 1) {
     const auto num_slots = static_cast<int64_t>(ids.size());
     fomoe::reference::route(ids.data(), num_slots, expert_map.data(), num_local_experts,
-                            slot_to_row_.data(), row_to_slot_.data(), offsets_.data());
+                            fomoe::kDropless, slot_to_row_.data(), row_to_slot_.data(),
+                            offsets_.data());
     view = {slot_to_row_.data(), row_to_slot_.data(), offsets_.data(), num_slots / top_k, top_k,
             num_local_experts};
   }

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fomoe.models import Decoder, DecoderConfig
-from fomoe.nn import auxiliary_loss, initialize, named_tensors
+from fomoe.nn import MoE, MoEConfig, auxiliary_loss, initialize, named_tensors
 from fomoe.nn.naming import expert_tensor_name
 
 
@@ -65,6 +65,40 @@ def test_decoder_and_nano_agree(nano, resident):
         scale = expected[name].grad.abs().max()
         difference = (parameter.grad - expected[name].grad).abs().max()
         assert difference <= 1e-5 * scale, f"{name}: {difference:.2e} of {scale:.2e}"
+
+
+@pytest.mark.parametrize("resident", [(0, 3, 5), (6,)], ids=["three", "fewer than top_k"])
+def test_a_partitioned_router_and_nanos_agree(nano, resident):
+    """Output, loss and gradients; nano keeps only the residents' router rows, the layer all."""
+    c = nano.Config(dim=32, num_experts=8, top_k=2, expert_dim=16, router="partitioned")
+    ours = MoE(
+        MoEConfig(
+            dim=c.dim, expert_dim=c.expert_dim, num_experts=c.num_experts, top_k=c.top_k,
+            activation="silu", score="sigmoid", router="partitioned",
+            balance_loss_coefficient=c.balance_loss_coefficient,
+            z_loss_coefficient=c.z_loss_coefficient,
+        ),
+        resident,
+    )  # fmt: skip
+    initialize(ours, seed=3)
+    theirs = nano.MoE(c, resident)
+    rows = list(resident)
+    with torch.no_grad():
+        theirs.router.weight.copy_(ours.router.weight[rows])
+        theirs.experts.w1.copy_(ours.experts.w1)
+        theirs.experts.w2.copy_(ours.experts.w2)
+    x = torch.randn(2, 33, 32, generator=torch.Generator().manual_seed(0))
+
+    y, target = ours(x), theirs(x)
+    torch.testing.assert_close(y, target, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.auxiliary_loss, theirs.auxiliary_loss, rtol=1e-6, atol=0)
+    (y.square().sum() + ours.auxiliary_loss).backward()
+    (target.square().sum() + theirs.auxiliary_loss).backward()
+    for name, parameter in theirs.named_parameters():
+        gradient = ours.get_parameter(name).grad
+        gradient = gradient[rows] if name == "router.weight" else gradient
+        scale = parameter.grad.abs().max()
+        assert (gradient - parameter.grad).abs().max() <= 1e-5 * scale, name
 
 
 def test_tensor_names_agree(nano):

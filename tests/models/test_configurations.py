@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named configurations: the closed form equals the built model and the paper's Table 1."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -62,6 +64,13 @@ def test_a_site_counts_its_own_experts_and_everything_shared():
     assert full.total - site.total == 28 * one_expert
     model = Decoder(config, residents)
     assert site.total == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("activation", ["silu", "swiglu", "swiglu_clamped"])
+def test_an_activation_with_a_gate_has_a_third_matrix(activation):
+    config = replace(configuration("tiny"), activation=activation)
+    model = Decoder(config)
+    assert parameter_count(config).total == sum(p.numel() for p in model.parameters())
 
 
 def test_the_papers_sizes_scale_residuals_by_depth():

@@ -2,6 +2,7 @@
 """Initial weights come from the seed and the tensor's name alone."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_vectors_are_ones_and_matrices_have_the_fan_in_scale():
     assert torch.equal(moe[0].weight, torch.ones(64))
     assert moe[1].experts.w1.std().item() == pytest.approx(64**-0.5, rel=0.02)
     assert moe[1].experts.w2.std().item() == pytest.approx(32**-0.5, rel=0.02)
+
+
+def test_biases_are_zeros_whatever_their_shape():
+    config = replace(CONFIG, has_bias=True, shared_expert_dim=16)
+    moe = nn.Sequential(nn.Linear(64, 64), MoE(config, [2, 5]))
+    for parameter in moe.parameters():
+        nn.init.ones_(parameter)
+    initialize(moe, seed=1)
+    biases = [moe[0].bias, moe[1].router.bias]
+    for experts in (moe[1].experts, moe[1].shared_expert):
+        biases += [experts.b1, experts.b2]
+    assert all(torch.equal(bias, torch.zeros_like(bias)) for bias in biases)
 
 
 def test_experts_layers_and_seeds_differ():

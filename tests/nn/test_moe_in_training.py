@@ -3,6 +3,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,14 @@ from fomoe.nn import MoE, MoEConfig, initialize
 CONFIG = MoEConfig(dim=16, expert_dim=8, num_experts=6, top_k=2)
 
 
-def layer(resident=None) -> MoE:
-    moe = MoE(CONFIG, resident)
+DEEPSEEK = replace(
+    CONFIG, score="sigmoid", renormalize=True, num_groups=3, top_k_groups=2, group_score="top2_sum",
+    bias_update_rate=1e-3, shared_expert_dim=4, capacity_factor=1.0,
+)  # fmt: skip
+
+
+def layer(resident=None, config=CONFIG) -> MoE:
+    moe = MoE(config, resident)
     initialize(moe, seed=0)
     return moe
 
@@ -58,9 +65,10 @@ def test_autocast_leaves_float64_alone():
 class Block(nn.Module):
     """The layer between two others, as in a model whose blocks are checkpointed."""
 
-    def __init__(self) -> None:
+    def __init__(self, config=CONFIG) -> None:
         super().__init__()
-        self.before, self.moe, self.after = nn.Linear(16, 16), layer((0, 1, 4)), nn.Linear(16, 16)
+        self.before, self.after = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.moe = layer((0, 1, 4), config)
 
     def forward(self, x):
         return self.after(torch.tanh(self.moe(self.before(x))))
@@ -73,17 +81,26 @@ def losses_and_gradients(block: Block, checkpointed: bool):
     return loss, torch.autograd.grad(loss, [x, *block.parameters()])
 
 
-def test_checkpointing_changes_no_bit_and_counts_no_token_twice():
-    block = Block()
+@pytest.mark.parametrize("ties", [False, True], ids=["no ties", "ties"])
+@pytest.mark.parametrize("router", ["full", "partitioned"])
+@pytest.mark.parametrize("config", [CONFIG, DEEPSEEK], ids=["plain", "deepseek v3"])
+def test_checkpointing_changes_no_bit_and_counts_no_token_twice(config, router, ties):
+    """Even where logits tie, so that choices would flip (NeMo Automodel#3140, torchtitan#3336)."""
+    block = Block(replace(config, router=router))
+    if ties:  # equal rows would not do: a GEMM may sum its last columns in another order
+        nn.init.zeros_(block.moe.router.weight)
     loss, gradients = losses_and_gradients(block, checkpointed=False)
-    counts = block.moe.expert_counts.clone()
-    block.moe.reset_statistics()
+    counts = {name: buffer.clone() for name, buffer in block.moe.named_buffers()}
+    if ties:
+        assert block.moe.expert_counts.tolist() == [32, 32, 0, 0, 0, 0]
+    block.moe.reset_buffers()
 
     again, recomputed = losses_and_gradients(block, checkpointed=True)
 
     assert torch.equal(again, loss)
     assert all(torch.equal(a, b) for a, b in zip(recomputed, gradients, strict=True))
-    assert torch.equal(block.moe.expert_counts, counts)
+    for name, buffer in block.moe.named_buffers():
+        assert torch.equal(buffer, counts[name]), name
 
 
 def test_checkpointing_frees_what_backward_recomputed():

@@ -17,22 +17,34 @@ def good_calls():
     logits, x = SAMPLE.logits(dtype), SAMPLE.x(dtype)
     rows, weights = SAMPLE.rows(dtype, SAMPLE.dim), SAMPLE.weights(dtype)
     w1, w2, offsets = SAMPLE.w1(dtype), SAMPLE.w2(dtype), routing["offsets"]
-    gate = ops.topk_gate(logits, 3)
+    gate = ops.topk_gate(logits, 3, resident=SAMPLE.expert_map() >= 0)
     gradients = {
         "grad_weights": gradient_like(gate.weights),
         "grad_prob_sum": gradient_like(gate.prob_sum),
         "grad_z_sum": gradient_like(gate.z_sum),
     }
-    settings = {"score": 0, "renormalize": False, "scale": 1.0}
+    resident = SAMPLE.expert_map() >= 0
+    bias = SAMPLE.random(SAMPLE.experts, seed=7, dtype=dtype)
+    settings = {"score": 1, "score_after_top_k": False, "renormalize": False, "scale": 1.0}
+    groups = {"num_groups": 1, "top_k_groups": 1, "group_score": 0}
     biases = {"b1": SAMPLE.b1(dtype), "b2": SAMPLE.b2(dtype)}
     layer = {"x": x, "weights": weights, "w1": w1, "w2": w2} | biases | routing | {"activation": 0}
     forward = layer | {"keep_pre_activation": True}
     backward = layer | {"needs_x": True, "needs_experts": True}
     pre_activation = OPS.expert_mlp(**forward)[1]
     return {
-        "topk_gate": {"logits": logits, "top_k": 3} | settings,
-        "topk_gate_backward": gradients | {"logits": logits, "ids": gate.ids} | settings,
-        "route": {"ids": SAMPLE.ids(), "expert_map": SAMPLE.expert_map(), "num_local_experts": 3},
+        "topk_gate": (
+            {"logits": logits, "bias": bias, "resident": resident, "top_k": 3} | settings | groups
+        ),
+        "topk_gate_backward": (
+            gradients | {"logits": logits, "resident": resident, "ids": gate.ids} | settings
+        ),
+        "route": {
+            "ids": SAMPLE.ids(),
+            "expert_map": SAMPLE.expert_map(),
+            "num_local_experts": 3,
+            "capacity": 2,
+        },
         "permute": {"x": x} | routing,
         "combine": {"rows": rows, "weights": weights} | routing,
         "combine_backward": {"grad_y": x, "rows": rows, "weights": weights} | routing,
@@ -88,7 +100,7 @@ def test_another_dtype_is_refused_on_both_devices(op, argument):
     refusal(op, arguments)
 
 
-@pytest.mark.parametrize(("op", "argument"), [pair for pair in TENSORS if pair[0] != "topk_gate"])
+@pytest.mark.parametrize(("op", "argument"), TENSORS)
 def test_one_tensor_on_another_device_is_refused(op, argument):
     arguments = CALLS[op] | {argument: CALLS[op][argument].to("meta")}
     assert "must be on the device of" in refusal(op, arguments)
@@ -98,7 +110,23 @@ def test_one_tensor_on_another_device_is_refused(op, argument):
     ("op", "change", "message"),
     [
         ("topk_gate", {"top_k": 8}, r"top_k must be in \[1, 7\], got 8"),
+        ("topk_gate", {"num_groups": 2}, "num_groups must divide the 7 experts, got 2"),
+        ("topk_gate", {"num_groups": 0}, "num_groups must divide the 7 experts, got 0"),
+        ("topk_gate", {"top_k_groups": 2}, r"top_k_groups must be in \[1, 1\], got 2"),
+        (
+            "topk_gate",
+            {"num_groups": 7, "top_k_groups": 2},
+            "top_k_groups must be at least 3 groups of 1 experts for top_k = 3, got 2",
+        ),
+        (
+            "topk_gate",
+            {"bias": torch.zeros(6)},
+            r"bias must have shape \(E,\) = \(7\), got",
+        ),
+        ("topk_gate", {"bias": torch.zeros(7, dtype=torch.float64)}, "bias must be float32, got"),
+        ("topk_gate", {"resident": torch.zeros(7)}, "resident must be bool, got float32"),
         ("route", {"num_local_experts": -1}, "num_local_experts must be at least 0, got -1"),
+        ("route", {"capacity": -1}, "capacity must be at least 0, got -1"),
         ("permute", {"x": torch.zeros(3, 2)}, r"x must have shape \(T, D\) = \(13, any\)"),
         ("expert_mlp", {"activation": 1}, r"w1 must have shape \(E_local, F, D\) = \(3, 11, 17\)"),
     ],
@@ -110,8 +138,12 @@ def test_sizes_and_settings_that_do_not_fit_get_the_message_of_the_cpu(op, chang
 
 
 def test_unknown_codes_of_choices_are_refused():
-    with pytest.raises(RuntimeError, match=r"score must be 0 \(softmax\) or 1 \(sigmoid\), got 2"):
-        OPS.topk_gate(**CALLS["topk_gate"] | {"score": 2})
+    message = r"score must be 0 \(softmax\), 1 \(sigmoid\) or 2 \(unit\), got 3"
+    with pytest.raises(RuntimeError, match=message):
+        OPS.topk_gate(**CALLS["topk_gate"] | {"score": 3})
+    message = r"group_score must be 0 \(max\) or 1 \(top2_sum\), got 2"
+    with pytest.raises(RuntimeError, match=message):
+        OPS.topk_gate(**CALLS["topk_gate"] | {"group_score": 2})
     message = r"activation must be 0 \(swiglu\), 1 \(silu\) or 2 \(swiglu_clamped\), got -1"
     with pytest.raises(RuntimeError, match=message):
         OPS.expert_mlp(**CALLS["expert_mlp"] | {"activation": -1})

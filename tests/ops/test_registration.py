@@ -10,22 +10,31 @@ from samples import DTYPES, SAMPLES, gradient_like, leaf, name_of, sum_dtype
 from torch.library import opcheck
 
 from fomoe import ops
-from fomoe.ops._names import ACTIVATIONS, GATE_SCORES
+from fomoe.ops._names import ACTIVATIONS, GATE_SCORES, GROUP_SCORES
 
 OPS = torch.ops.fomoe
 CHECKED = [s for s in SAMPLES if s.name in ("some ghosts", "no tokens", "not contiguous")]
 
 
 def topk_gate(sample, dtype):
-    logits, settings = leaf(sample.logits(dtype)), (GATE_SCORES["sigmoid"], True, 2.0)
-    yield OPS.topk_gate, (logits, sample.top_k, *settings)
-    gate = ops.topk_gate(logits.detach(), sample.top_k)
+    logits, sigmoid = leaf(sample.logits(dtype)), GATE_SCORES["sigmoid"]
+    no_groups = (1, 1, GROUP_SCORES["max"])
+    yield OPS.topk_gate, (logits, None, None, sample.top_k, sigmoid, False, *no_groups, True, 2.0)
+    bias = sample.random(sample.experts, seed=7, dtype=sum_dtype(dtype))
+    resident = sample.expert_map() >= 0
+    groups = (7, 4, GROUP_SCORES["top2_sum"])
+    softmax = GATE_SCORES["softmax"]
+    yield OPS.topk_gate, (logits, bias, resident, sample.top_k, softmax, True, *groups, False, 1.0)
+    gate = ops.topk_gate(logits.detach(), sample.top_k, resident=resident)
     gradients = (gradient_like(gate.weights), None, gradient_like(gate.z_sum))
-    yield OPS.topk_gate_backward, (*gradients, logits.detach(), gate.ids, *settings)
+    inputs = (logits.detach(), resident, gate.ids)
+    yield OPS.topk_gate_backward, (*gradients, *inputs, sigmoid, False, True, 2.0)
+    yield OPS.topk_gate_backward, (*gradients, logits.detach(), None, gate.ids, 0, True, False, 1.0)
 
 
 def route(sample, dtype):
-    yield OPS.route, (sample.ids(), sample.expert_map(), sample.num_local_experts)
+    yield OPS.route, (sample.ids(), sample.expert_map(), sample.num_local_experts, None)
+    yield OPS.route, (sample.ids(), sample.expert_map(), sample.num_local_experts, 2)
 
 
 def permute(sample, dtype):

@@ -89,8 +89,10 @@ def test_top_k_out_of_range_is_refused(top_k):
 
 
 def test_an_unknown_score_is_refused():
-    with pytest.raises(ValueError, match="score must be 'softmax' or 'sigmoid', got 'unit'"):
-        topk_gate(torch.zeros(1, 4), 1, score="unit")
+    with pytest.raises(
+        ValueError, match=r"score must be .softmax., .sigmoid. or .unit., got .tanh."
+    ):
+        topk_gate(torch.zeros(1, 4), 1, score="tanh")
 
 
 @pytest.mark.parametrize("renormalize", [False, True])

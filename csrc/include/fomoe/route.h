@@ -1,12 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// route: a stable counting sort of the slots by resident expert; ghosts and missing ids get no row.
+// route: a stable counting sort of the slots by resident expert; ghosts, missing ids and, beyond an
+// expert's capacity, its latest slots (drops) get no row.
 //
 // Minimum traffic: read T*K ids twice, write 2*T*K indices. Deterministic.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace fomoe {
+
+/// The capacity that drops nothing.
+inline constexpr int64_t kDropless = std::numeric_limits<int64_t>::max();
 
 namespace cpu {
 /// Room for one counter per resident expert.
@@ -14,14 +19,16 @@ int64_t route_workspace_bytes(int64_t num_local_experts);
 
 /// ids [num_slots] in [-1, E), expert_map [E] in [-1, num_local_experts): global -> local or -1;
 /// slot_to_row, row_to_slot [num_slots], offsets [num_local_experts + 1]. num_slots < 2^31.
+/// capacity >= 0: the most rows of an expert.
 void route(const int32_t* ids, int64_t num_slots, const int32_t* expert_map,
-           int64_t num_local_experts, int32_t* slot_to_row, int32_t* row_to_slot, int32_t* offsets,
-           void* workspace);
+           int64_t num_local_experts, int64_t capacity, int32_t* slot_to_row, int32_t* row_to_slot,
+           int32_t* offsets, void* workspace);
 }  // namespace cpu
 
 namespace reference {
 void route(const int32_t* ids, int64_t num_slots, const int32_t* expert_map,
-           int64_t num_local_experts, int32_t* slot_to_row, int32_t* row_to_slot, int32_t* offsets);
+           int64_t num_local_experts, int64_t capacity, int32_t* slot_to_row, int32_t* row_to_slot,
+           int32_t* offsets);
 }  // namespace reference
 
 }  // namespace fomoe

@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_gate: the router's decision and its losses' sums, in one pass over the logits.
 //
-//   softmax: p = softmax(logits), weight = p[id]
-//   sigmoid: s = sigmoid(logits), p = s / sum(s), weight = s[id]
+// Eligible are the experts with resident[e], all without a mask; the others act as if their logits
+// were not there. Over the eligible experts of a token:
 //
-//   ids = the K best experts by score.h
-//   weights = weight / their sum over K (optional), * scale
+//   softmax: value = p = softmax(logits), or after top-k the softmax over the chosen logits only
+//   sigmoid: value = sigmoid(logits), p = value / sum(value); 0 if that sum is 0
+//   unit:    value = 1, p = softmax(logits)
+//
+//   score = logit + bias, or sigmoid(logit) + bias: see scores_are_sigmoids
+//   groups = the best top_k_groups of num_groups equal, contiguous ones, by their best score or by
+//            the sum of their two best; only experts of these are chosen
+//   ids = the K best by score (see score.h), then -1 where there are fewer than K
+//   weights = value / sum of the chosen values (optional; 0 if that sum is 0), * scale; 0 at id -1
 //   counts[e] = slots that chose e
 //   prob_sum[e] = sum_t p[t, e]
-//   z_sum = sum_t logsumexp(logits[t])^2
+//   z_sum = sum_t logsumexp(logits[t])^2; 0 without eligible experts
 //
 // Minimum traffic: read T*E, write 2*T*K elements; the backward reads and writes T*E. Sums over
 // tokens run over blocks of kTokensPerBlock in ascending order, whatever the number of threads.
@@ -21,18 +28,30 @@ namespace fomoe {
 inline constexpr int64_t kMaxExperts = 4096;
 inline constexpr int64_t kTokensPerBlock = 128;
 
-enum class GateScore : int32_t { kSoftmax = 0, kSigmoid = 1 };
+enum class GateScore : int32_t { kSoftmax = 0, kSigmoid = 1, kUnit = 2 };
+enum class GroupScore : int32_t { kMax = 0, kTop2Sum = 1 };
 
 struct Gate {
   int64_t num_tokens;   // T
   int64_t num_experts;  // E <= kMaxExperts
-  int64_t top_k;        // 1 <= K <= E
+  int64_t top_k;        // 1 <= K <= top_k_groups * E / num_groups
   GateScore score;
   bool renormalize;
   double scale;
+  bool score_after_top_k = false;
+  int64_t num_groups = 1;  // divides E
+  int64_t top_k_groups = 1;
+  GroupScore group_score = GroupScore::kMax;
 };
 
-/// Where the forward writes; "sum" is the accumulation type of the logits.
+/// What the forward reads; "sum" is the accumulation type of the logits.
+struct GateInput {
+  const void* logits;              // [T, E]
+  const void* bias = nullptr;      // [E] sum
+  const bool* resident = nullptr;  // [E]
+};
+
+/// Where the forward writes.
 struct GateResult {
   int32_t* ids;     // [T, K], best first
   void* weights;    // [T, K] sum
@@ -48,23 +67,30 @@ struct GateGradient {
   const void* z_sum;     // []
 };
 
+/// Whether experts are chosen by sigmoid(logit). Where only the order matters, it is by the logit,
+/// which does not saturate.
+inline bool scores_are_sigmoids(const Gate& gate, bool has_bias) {
+  const bool adds_scores = gate.num_groups > 1 && gate.group_score == GroupScore::kTop2Sum;
+  return gate.score == GateScore::kSigmoid && (has_bias || adds_scores);
+}
+
 namespace cpu {
 int64_t topk_gate_workspace_bytes(DType dtype, const Gate& gate);
 
-/// logits [T, E], dense, of type dtype.
-void topk_gate(DType dtype, const Gate& gate, const void* logits, const GateResult& result,
+/// Dense arrays; logits of type dtype.
+void topk_gate(DType dtype, const Gate& gate, const GateInput& input, const GateResult& result,
                void* workspace);
 
-/// ids [T, K] as the forward gave them, each in [0, E); grad_logits [T, E] of type dtype.
-/// Recomputes the probabilities.
-void topk_gate_backward(DType dtype, const Gate& gate, const void* logits, const int32_t* ids,
+/// ids [T, K] as the forward gave them, each -1 or that of an eligible expert; grad_logits [T, E]
+/// of type dtype. Recomputes the probabilities. Reads neither input.bias nor the groups.
+void topk_gate_backward(DType dtype, const Gate& gate, const GateInput& input, const int32_t* ids,
                         const GateGradient& gradient, void* grad_logits);
 }  // namespace cpu
 
 namespace reference {
 /// Every floating point array is double.
-void topk_gate(const Gate& gate, const double* logits, const GateResult& result);
-void topk_gate_backward(const Gate& gate, const double* logits, const int32_t* ids,
+void topk_gate(const Gate& gate, const GateInput& input, const GateResult& result);
+void topk_gate_backward(const Gate& gate, const GateInput& input, const int32_t* ids,
                         const GateGradient& gradient, double* grad_logits);
 }  // namespace reference
 

@@ -6,20 +6,22 @@
 #include <cmath>
 #include <limits>
 
+#include "eligible.h"
 #include "fomoe/dtype.h"
 #include "fomoe/exponential.h"
+#include "fomoe/score.h"
 #include "fomoe/topk_gate.h"
 
 namespace fomoe::cpu {
 
-/// The logits of a token widened, and what both scores need of them.
+/// The eligible logits of a token widened, and what the scores need of them; indexed by position.
 template <typename Real>
 struct GateRow {
   Real logits[kMaxExperts];
   Real softmax[kMaxExperts];
   Real sigmoid[kMaxExperts];  // only with GateScore::kSigmoid
   Real logsumexp;
-  Real sigmoid_sum;
+  Real sigmoid_sum;  // 1 instead of 0, so that the shares of zeros are zeros
 };
 
 template <typename Real>
@@ -37,29 +39,74 @@ FOMOE_INLINE Real largest(const Real* values, int64_t count) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
+/// The values at the positions of eligible experts, of an array over all experts.
+template <typename Real, typename T>
+FOMOE_INLINE void gather_eligible(const Eligible& eligible, const T* values, Real* gathered) {
+  if (eligible.is_all) {
+    for (int64_t i = 0; i < eligible.count; ++i) gathered[i] = to_accumulate(values[i]);
+  } else {
+    for (int64_t i = 0; i < eligible.count; ++i) {
+      gathered[i] = to_accumulate(values[eligible.experts[i]]);
+    }
+  }
+}
+
+/// There must be an eligible expert.
 template <typename T>
-FOMOE_INLINE void fill_gate_row(const Gate& gate, const T* logits, GateRow<Accumulate<T>>& row) {
+FOMOE_INLINE void fill_gate_row(const Gate& gate, const Eligible& eligible, const T* logits,
+                                GateRow<Accumulate<T>>& row) {
   using Real = Accumulate<T>;
-  const int64_t num_experts = gate.num_experts;
-  for (int64_t e = 0; e < num_experts; ++e) row.logits[e] = to_accumulate(logits[e]);
+  const int64_t count = eligible.count;
+  gather_eligible(eligible, logits, row.logits);
 
   // NaN never is the largest, but reaches the sum and through it every probability. An infinite
   // largest logit makes the probabilities NaN, yet leaves the logsumexp that infinity.
-  const Real shift = largest(row.logits, num_experts);
-  for (int64_t e = 0; e < num_experts; ++e) row.softmax[e] = exponential(row.logits[e] - shift);
-  const Real sum = sum_of<Real>(num_experts, [&](int64_t e) { return row.softmax[e]; });
-  for (int64_t e = 0; e < num_experts; ++e) row.softmax[e] /= sum;
+  const Real shift = largest(row.logits, count);
+  for (int64_t i = 0; i < count; ++i) row.softmax[i] = exponential(row.logits[i] - shift);
+  const Real sum = sum_of<Real>(count, [&](int64_t i) { return row.softmax[i]; });
+  for (int64_t i = 0; i < count; ++i) row.softmax[i] /= sum;
   row.logsumexp = shift + std::log(sum);
   if (std::isinf(shift)) {
-    const bool has_nan = std::any_of(row.logits, row.logits + num_experts,
-                                     [](Real logit) { return std::isnan(logit); });
+    const bool has_nan =
+        std::any_of(row.logits, row.logits + count, [](Real logit) { return std::isnan(logit); });
     if (!has_nan) row.logsumexp = shift;
   }
 
   if (gate.score == GateScore::kSigmoid) {
-    for (int64_t e = 0; e < num_experts; ++e) row.sigmoid[e] = logistic(row.logits[e]);
-    row.sigmoid_sum = sum_of<Real>(num_experts, [&](int64_t e) { return row.sigmoid[e]; });
+    for (int64_t i = 0; i < count; ++i) row.sigmoid[i] = sigmoid(row.logits[i]);
+    const Real total = sum_of<Real>(count, [&](int64_t i) { return row.sigmoid[i]; });
+    row.sigmoid_sum = total == 0 ? Real(1) : total;
   }
+}
+
+/// Whether weights are shares of the chosen values.
+inline bool weights_are_shares(const Gate& gate) {
+  return gate.renormalize || (gate.score == GateScore::kSoftmax && gate.score_after_top_k);
+}
+
+/// Weights of the chosen positions before `scale`.
+template <typename Real>
+FOMOE_INLINE void weigh(const Gate& gate, const GateRow<Real>& row, const int32_t* positions,
+                        int64_t num_choices, Real* weights) {
+  if (gate.score == GateScore::kUnit) {
+    std::fill_n(weights, num_choices, Real(1));
+  } else if (gate.score == GateScore::kSigmoid) {
+    for (int64_t k = 0; k < num_choices; ++k) weights[k] = row.sigmoid[positions[k]];
+  } else if (gate.score_after_top_k) {
+    Real shift = -std::numeric_limits<Real>::infinity();
+    for (int64_t k = 0; k < num_choices; ++k) {
+      weights[k] = row.logits[positions[k]];
+      shift = weights[k] > shift ? weights[k] : shift;
+    }
+    for (int64_t k = 0; k < num_choices; ++k) weights[k] = exponential(weights[k] - shift);
+  } else {
+    for (int64_t k = 0; k < num_choices; ++k) weights[k] = row.softmax[positions[k]];
+  }
+  if (!weights_are_shares(gate)) return;
+  Real sum = 0;
+  for (int64_t k = 0; k < num_choices; ++k) sum += weights[k];
+  const Real divisor = sum == 0 ? Real(1) : sum;
+  for (int64_t k = 0; k < num_choices; ++k) weights[k] /= divisor;
 }
 
 }  // namespace fomoe::cpu

@@ -3,19 +3,15 @@
 // pass adds the blocks up in order.
 #include "fomoe/topk_gate.h"
 
-#include <functional>
-
 #include "fomoe/parallel.h"
-#include "fomoe/score.h"
 #include "fomoe/workspace.h"
 #include "gate_row.h"
+#include "select.h"
 
 namespace fomoe::cpu {
 namespace {
 
-constexpr int64_t kFewChoices = 32;  // up to this top_k, a vector pass per choice beats sorting
-
-/// Sums of the blocks, as they lie in the workspace.
+/// Sums of the blocks, as they lie in the workspace; by position, of which at most E are in use.
 template <typename Real>
 struct BlockSums {
   BlockSums(const Gate& gate, Workspace& workspace)
@@ -30,62 +26,60 @@ struct BlockSums {
   int32_t* counts;  // [num_blocks, E]
 };
 
+/// What the experts of a token are chosen by: `scores` is memory for it, if it is not the logits.
 template <typename Real>
-FOMOE_INLINE void select(const Real* logits, const Gate& gate, int32_t* ids) {
-  Rank<Real> ranks[kMaxExperts];
-  const auto num_experts = static_cast<int32_t>(gate.num_experts);
-  for (int32_t e = 0; e < num_experts; ++e) ranks[e] = rank_of(logits[e], e);
-  if (gate.top_k > kFewChoices) {
-    std::partial_sort(ranks, ranks + gate.top_k, ranks + num_experts, std::greater<>());
-    for (int64_t k = 0; k < gate.top_k; ++k) ids[k] = expert_of<Real>(ranks[k]);
-    return;
-  }
-  for (int64_t k = 0; k < gate.top_k; ++k) {
-    Rank<Real> best = kNoRank<Real>;
-    for (int32_t e = 0; e < num_experts; ++e) best = ranks[e] > best ? ranks[e] : best;
-    ids[k] = expert_of<Real>(best);
-    ranks[ids[k]] = kNoRank<Real>;
-  }
+FOMOE_INLINE const Real* scores_of(const Gate& gate, const Eligible& eligible,
+                                   const GateRow<Real>& row, const Real* bias, Real* scores) {
+  const bool of_sigmoid = scores_are_sigmoids(gate, bias);
+  const Real* unbiased = of_sigmoid ? row.sigmoid : row.logits;
+  if (!bias) return unbiased;
+  for (int64_t i = 0; i < eligible.count; ++i) scores[i] = unbiased[i] + bias[i];
+  return scores;
 }
 
+/// Ids, weights and counts of one token; `positions` has room for K.
 template <typename Real>
-FOMOE_INLINE void weigh(const Gate& gate, const Real* values, const int32_t* ids, Real* weights) {
-  Real sum = 0;
-  for (int64_t k = 0; k < gate.top_k; ++k) {
-    weights[k] = values[ids[k]];
-    sum += weights[k];
-  }
+FOMOE_INLINE void choose(const Gate& gate, const Eligible& eligible, const GateRow<Real>& row,
+                         const Real* scores, int32_t* positions, int32_t* ids, Real* weights,
+                         int32_t* counts) {
+  const int64_t num_choices = select(gate, eligible, scores, positions);
+  weigh(gate, row, positions, num_choices, weights);
   const Real scale = static_cast<Real>(gate.scale);
-  for (int64_t k = 0; k < gate.top_k; ++k) {
-    weights[k] = (gate.renormalize ? weights[k] / sum : weights[k]) * scale;
+  for (int64_t k = 0; k < num_choices; ++k) {
+    weights[k] *= scale;
+    ids[k] = eligible.experts[positions[k]];
+    ++counts[positions[k]];
   }
+  std::fill(weights + num_choices, weights + gate.top_k, Real(0));
+  std::fill(ids + num_choices, ids + gate.top_k, -1);
 }
 
 template <typename T>
-FOMOE_VECTORIZED void gate_block(const Gate& gate, const T* logits, int64_t block,
-                                 const GateResult& result, BlockSums<Accumulate<T>> sums) {
+FOMOE_VECTORIZED void gate_block(const Gate& gate, const Eligible& eligible, const T* logits,
+                                 const Accumulate<T>* bias, int64_t block, const GateResult& result,
+                                 BlockSums<Accumulate<T>> sums) {
   using Real = Accumulate<T>;
-  const int64_t num_experts = gate.num_experts;
+  const int64_t num_experts = gate.num_experts, count = eligible.count;
   Real* prob_sum = sums.prob_sum + block * num_experts;
   int32_t* counts = sums.counts + block * num_experts;
-  std::fill_n(prob_sum, num_experts, Real(0));
-  std::fill_n(counts, num_experts, 0);
+  std::fill_n(prob_sum, count, Real(0));
+  std::fill_n(counts, count, 0);
   double z_sum = 0;
 
   GateRow<Real> row;
+  Real eligible_bias[kMaxExperts], scores[kMaxExperts];
+  int32_t positions[kMaxExperts];
+  if (bias) gather_eligible(eligible, bias, eligible_bias);
   const int64_t end = std::min(gate.num_tokens, (block + 1) * kTokensPerBlock);
   for (int64_t t = block * kTokensPerBlock; t < end; ++t) {
-    fill_gate_row(gate, logits + t * num_experts, row);
-    int32_t* ids = result.ids + t * gate.top_k;
-    Real* weights = static_cast<Real*>(result.weights) + t * gate.top_k;
-    select(row.logits, gate, ids);
-    for (int64_t k = 0; k < gate.top_k; ++k) ++counts[ids[k]];
-    if (gate.score == GateScore::kSoftmax) {
-      weigh(gate, row.softmax, ids, weights);
-      for (int64_t e = 0; e < num_experts; ++e) prob_sum[e] += row.softmax[e];
+    fill_gate_row(gate, eligible, logits + t * num_experts, row);
+    const Real* chosen_by = scores_of(gate, eligible, row, bias ? eligible_bias : nullptr, scores);
+    choose(gate, eligible, row, chosen_by, positions, result.ids + t * gate.top_k,
+           static_cast<Real*>(result.weights) + t * gate.top_k, counts);
+    if (gate.score == GateScore::kSigmoid) {
+      for (int64_t i = 0; i < count; ++i) prob_sum[i] += row.sigmoid[i] / row.sigmoid_sum;
     } else {
-      weigh(gate, row.sigmoid, ids, weights);
-      for (int64_t e = 0; e < num_experts; ++e) prob_sum[e] += row.sigmoid[e] / row.sigmoid_sum;
+      for (int64_t i = 0; i < count; ++i) prob_sum[i] += row.softmax[i];
     }
     z_sum += static_cast<double>(row.logsumexp) * row.logsumexp;
   }
@@ -93,14 +87,16 @@ FOMOE_VECTORIZED void gate_block(const Gate& gate, const T* logits, int64_t bloc
 }
 
 template <typename Real>
-void add_blocks(const Gate& gate, const BlockSums<Real>& sums, const GateResult& result) {
+void add_blocks(const Gate& gate, const Eligible& eligible, const BlockSums<Real>& sums,
+                const GateResult& result) {
   parallel_for(gate.num_experts, 64, [&](int64_t begin, int64_t end) {
     for (int64_t e = begin; e < end; ++e) {
+      const int32_t position = eligible.positions[e];
       double prob_sum = 0;
       int64_t count = 0;
-      for (int64_t block = 0; block < sums.num_blocks; ++block) {
-        prob_sum += sums.prob_sum[block * gate.num_experts + e];
-        count += sums.counts[block * gate.num_experts + e];
+      for (int64_t block = 0; block < sums.num_blocks && position >= 0; ++block) {
+        prob_sum += sums.prob_sum[block * gate.num_experts + position];
+        count += sums.counts[block * gate.num_experts + position];
       }
       static_cast<Real*>(result.prob_sum)[e] = static_cast<Real>(prob_sum);
       result.counts[e] = count;
@@ -109,6 +105,16 @@ void add_blocks(const Gate& gate, const BlockSums<Real>& sums, const GateResult&
   double z_sum = 0;
   for (int64_t block = 0; block < sums.num_blocks; ++block) z_sum += sums.z_sum[block];
   *static_cast<Real*>(result.z_sum) = static_cast<Real>(z_sum);
+}
+
+template <typename Real>
+void choose_nothing(const Gate& gate, const GateResult& result) {
+  const int64_t num_slots = gate.num_tokens * gate.top_k;
+  std::fill_n(result.ids, num_slots, -1);
+  std::fill_n(static_cast<Real*>(result.weights), num_slots, Real(0));
+  std::fill_n(result.counts, gate.num_experts, int64_t{0});
+  std::fill_n(static_cast<Real*>(result.prob_sum), gate.num_experts, Real(0));
+  *static_cast<Real*>(result.z_sum) = Real(0);
 }
 
 }  // namespace
@@ -121,18 +127,21 @@ int64_t topk_gate_workspace_bytes(DType dtype, const Gate& gate) {
   return workspace.bytes();
 }
 
-void topk_gate(DType dtype, const Gate& gate, const void* logits, const GateResult& result,
+void topk_gate(DType dtype, const Gate& gate, const GateInput& input, const GateResult& result,
                void* workspace) {
+  const Eligible eligible(gate, input.resident);
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
+    if (eligible.count == 0) return choose_nothing<Accumulate<T>>(gate, result);
     Workspace memory(workspace);
     const BlockSums<Accumulate<T>> sums(gate, memory);
     parallel_for(sums.num_blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        gate_block(gate, static_cast<const T*>(logits), block, result, sums);
+        gate_block(gate, eligible, static_cast<const T*>(input.logits),
+                   static_cast<const Accumulate<T>*>(input.bias), block, result, sums);
       }
     });
-    add_blocks(gate, sums, result);
+    add_blocks(gate, eligible, sums, result);
   });
 }
 

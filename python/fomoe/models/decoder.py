@@ -18,8 +18,8 @@ from fomoe.nn import MoE, MoEConfig
 from fomoe.nn.validation import (
     require_booleans,
     require_choice,
+    require_integers,
     require_numbers,
-    require_positive_integers,
 )
 
 
@@ -40,8 +40,8 @@ class DecoderConfig:
     expert_dim: int
     num_experts: int
     top_k: int
-    activation: Literal["swiglu", "silu"] = "swiglu"
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    activation: Literal["swiglu", "silu", "swiglu_clamped"] = "swiglu"
+    score: Literal["softmax", "sigmoid", "unit"] = "softmax"
     renormalize: bool = False
     scale: float = 1.0
     norm: Literal["pre", "peri"] = "pre"  # peri also normalises each block's output
@@ -54,7 +54,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         counts = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
-        require_positive_integers(self, counts)
+        require_integers(self, counts, at_least=1)
         require_choice(self, "norm", ("pre", "peri"))
         require_booleans(self, ("tie_embeddings",))
         require_numbers(self, ("residual_scale", "rope_theta", "norm_epsilon"), above=0)

@@ -31,7 +31,7 @@ def parameter_count(
         if resident_experts is None
         else sum(len(ids) for ids in resident_experts)
     )
-    num_matrices = 3 if config.activation == "swiglu" else 2
+    num_matrices = 2 if config.activation == "silu" else 3
     num_heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query, output; key, value
     num_norms = 4 * config.num_layers + 2 if config.norm == "peri" else 2 * config.num_layers + 1
     return ParameterCount(

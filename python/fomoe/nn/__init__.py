@@ -1,18 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Mixture-of-Experts layer, its initialisation and what it reports about its router."""
 
+from fomoe.nn.balancing import LoadBalancer, update_biases
+from fomoe.nn.config import MoEConfig
+from fomoe.nn.experts import Experts, SharedExpert
 from fomoe.nn.initialization import initialize
-from fomoe.nn.moe import Experts, MoE, MoEConfig, auxiliary_loss
+from fomoe.nn.moe import MoE, auxiliary_loss
 from fomoe.nn.naming import expert_tensor_name, named_tensors
 from fomoe.nn.statistics import RouterStatistics
 
 __all__ = [
     "Experts",
+    "LoadBalancer",
     "MoE",
     "MoEConfig",
     "RouterStatistics",
+    "SharedExpert",
     "auxiliary_loss",
     "expert_tensor_name",
     "initialize",
     "named_tensors",
+    "update_biases",
 ]

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from fomoe.nn.moe import MoE
 from fomoe.nn.naming import named_tensors
 
+BIAS_NAMES = ("bias", "b1", "b2")
+
 
 def initialize(model: nn.Module, seed: int) -> None:
     """Set every parameter of ``model`` in place, each from ``seed`` and its own name alone.
 
-    Vectors become ones, all else normal with standard deviation 1/sqrt(last dim). Two sites that
-    hold the same expert get the same bits, whatever else they hold. Values are drawn in float32 on
-    the CPU and then converted to the parameter's dtype and device. The scheme is our choice.
+    Biases (tensors called ``bias``, ``b1`` or ``b2``) become zeros, other vectors ones, all else
+    normal with standard deviation 1/sqrt(last dim). Two sites that hold the same expert get the
+    same bits, whatever else they hold. Values are drawn in float32 on the CPU and then converted to
+    the parameter's dtype and device. The scheme is our choice.
 
     After ``model.to_empty(device=...)`` this is all a model needs: it fills the buffers of
     :class:`MoE`, too.
@@ -36,6 +39,8 @@ def initialize(model: nn.Module, seed: int) -> None:
 
 
 def _initial_value(shape: torch.Size, seed: int, name: str) -> Tensor:
+    if name.rpartition(".")[2] in BIAS_NAMES:
+        return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

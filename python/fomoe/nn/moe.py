@@ -1,111 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """A Mixture-of-Experts layer of which a site may hold only some experts.
 
-The router scores all experts. A chosen expert that is not resident is a ghost: its path adds
-nothing and the other chosen experts keep their weights (router mode B of FoMoE, arXiv 2606.19025).
+With a full router, a chosen expert that is not resident is a ghost: its path adds nothing and the
+other chosen experts keep their weights (router mode B of FoMoE, arXiv 2606.19025 section 3). With a
+partitioned router, only residents are scored and chosen (mode A).
 
-T tokens, D model width, F expert width, E experts, E_local resident ones, K experts per token.
+T tokens, D model width, E experts, E_local resident ones, K experts per token.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from fractions import Fraction
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomoe.nn.balancing import LoadBalancer
+from fomoe.nn.config import MoEConfig
+from fomoe.nn.experts import Experts, SharedExpert, wide_linear
 from fomoe.nn.statistics import RouterStatistics, router_statistics
-from fomoe.nn.validation import (
-    require_booleans,
-    require_choice,
-    require_numbers,
-    require_positive_integers,
-)
-from fomoe.ops import GateOutput, Routing, expert_mlp, route, topk_gate
-
-MAX_EXPERTS = 4096
-
-
-@dataclass(kw_only=True, slots=True, frozen=True)
-class MoEConfig:
-    """Shape and losses of one layer; raises ValueError naming the field that does not fit.
-
-    The FoMoE paper's layer is ``activation="silu", score="sigmoid"``. It names no auxiliary loss:
-    both coefficients are our choice.
-    """
-
-    dim: int
-    expert_dim: int
-    num_experts: int
-    top_k: int
-    activation: Literal["swiglu", "silu"] = "swiglu"  # silu: two matrices an expert, no gate
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    renormalize: bool = False  # divide a token's weights by their sum
-    scale: float = 1.0  # factor on the weights
-    balance_loss_coefficient: float = 1e-2
-    z_loss_coefficient: float = 1e-3
-
-    def __post_init__(self) -> None:
-        require_positive_integers(self, ("dim", "expert_dim", "num_experts", "top_k"))
-        require_choice(self, "activation", ("swiglu", "silu"))
-        require_choice(self, "score", ("softmax", "sigmoid"))
-        require_booleans(self, ("renormalize",))
-        require_numbers(self, ("scale",), above=0)
-        require_numbers(self, ("balance_loss_coefficient", "z_loss_coefficient"))
-        if self.num_experts > MAX_EXPERTS:
-            raise ValueError(f"num_experts: expected at most {MAX_EXPERTS}, got {self.num_experts}")
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k: expected at most num_experts = {self.num_experts}, got {self.top_k}"
-            )
-
-
-class Experts(nn.Module):
-    """The feed-forward weights of some experts, stacked; ``expert_ids[i]`` is the id of row i.
-
-    Parameters: ``w1`` (E_local, 2F, D) for swiglu (gate rows, then up rows) or (E_local, F, D) for
-    silu, and ``w2`` (E_local, D, F).
-    """
-
-    def __init__(self, config: MoEConfig, expert_ids: Sequence[int]) -> None:
-        super().__init__()
-        self.activation = config.activation
-        self.expert_ids = tuple(expert_ids)
-        num_rows = 2 * config.expert_dim if config.activation == "swiglu" else config.expert_dim
-        self.w1 = nn.Parameter(torch.empty(len(self.expert_ids), num_rows, config.dim))
-        self.w2 = nn.Parameter(torch.empty(len(self.expert_ids), config.dim, config.expert_dim))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw normal weights with standard deviation 1/sqrt(last dim) from torch's generator."""
-        for parameter in (self.w1, self.w2):
-            nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1]))
-
-    def forward(self, x_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
-        """Weighted sum of the resident experts' outputs, (T, D), in the autocast dtype if any."""
-        device_type = x_TD.device.type
-        w1: Tensor = self.w1
-        w2: Tensor = self.w2
-        # As torch's own autocast, which leaves float64 alone.
-        if torch.is_autocast_enabled(device_type) and x_TD.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device_type)
-            x_TD, w1, w2 = x_TD.to(dtype), w1.to(dtype), w2.to(dtype)
-        elif x_TD.dtype != w1.dtype:
-            raise ValueError(
-                f"MoE: expected input of the weights' dtype {w1.dtype}, got {x_TD.dtype}"
-            )
-        return expert_mlp(x_TD, weights_TK, w1, w2, routing, self.activation)
+from fomoe.nn.validation import require_resident_experts
+from fomoe.ops import GateOutput, Routing, route, topk_gate
 
 
 class MoE(nn.Module):
-    """y = sum over the K chosen and resident experts of weight * expert(x).
+    """y = sum over the K chosen and resident experts of weight * expert(x), + shared expert(x).
 
-    Parameters: ``router.weight`` (E, D), ``experts.w1``, ``experts.w2``, see :class:`Experts`.
-    Router logits are computed in float32 (float64 for float64), whatever autocast says. With
-    sigmoid scores and no renormalisation a ghost's router row gets a gradient from the auxiliary
-    loss only.
+    Parameters: ``router.weight`` (E, D), ``experts.w1``, ``experts.w2``, see
+    :class:`fomoe.nn.experts.Experts`; if configured, also ``router.bias`` (E,), ``experts.b1``,
+    ``experts.b2`` and those of ``shared_expert``, see :class:`fomoe.nn.experts.SharedExpert`. The
+    state has a buffer more, ``load_balancer.bias``, if ``config.bias_update_rate`` is not 0.
+
+    Router logits and the shared expert's gate are computed in float32 (float64 for float64),
+    whatever autocast says. With a full router, sigmoid scores and no renormalisation, a ghost's
+    router row gets a gradient from the auxiliary loss only; with a partitioned router, the rows of
+    experts that are not resident get exactly none.
+
+    With a capacity factor, an expert takes at most ``ceil(factor * even load)`` tokens of a
+    forward, the earlier ones; for a later one it adds nothing. The even load is T * K / E over the
+    experts that can be chosen: E, or for a partitioned router the residents, and at most as many
+    choices a token. The factor counts as the nearest fraction with a denominator up to a million.
 
     Parameters
     ----------
@@ -121,31 +56,46 @@ class MoE(nn.Module):
 
     expert_map: Tensor  # (E,) int32: row of each expert in experts.w1 and w2, -1 for a ghost
     expert_counts: Tensor  # (E,) int64: slots that chose each expert since the last reset
+    num_rows: Tensor  # () int64: slots that residents executed since the last reset
 
     def __init__(self, config: MoEConfig, resident_experts: Sequence[int] | None = None) -> None:
         super().__init__()
         if resident_experts is None:
             resident_experts = range(config.num_experts)
-        _check_resident_experts(resident_experts, config.num_experts)
+        require_resident_experts(resident_experts, config.num_experts)
         self.config = config
-        self.router = nn.Linear(config.dim, config.num_experts, bias=False)
+        self.router = nn.Linear(config.dim, config.num_experts, bias=config.has_bias)
         self.experts = Experts(config, resident_experts)
-        self.register_buffer(
-            "expert_map", torch.empty(config.num_experts, dtype=torch.int32), persistent=False
-        )
-        self.register_buffer(
-            "expert_counts", torch.empty(config.num_experts, dtype=torch.int64), persistent=False
-        )
+        self.shared_expert = SharedExpert(config) if config.shared_expert_dim > 0 else None
+        # The experts that can be chosen here.
+        self.candidates: Sequence[int] = range(config.num_experts)
+        if config.router == "partitioned":
+            self.candidates = self.experts.expert_ids
+        self.capacity_per_token = _capacity_per_token(config, len(self.candidates))
+        self.load_balancer: LoadBalancer | None = None
+        if config.bias_update_rate > 0:
+            self.load_balancer = LoadBalancer(
+                config.num_experts, self.candidates, config.bias_update_rate
+            )
+        buffers = {
+            "expert_map": torch.empty(config.num_experts, dtype=torch.int32),
+            "expert_counts": torch.empty(config.num_experts, dtype=torch.int64),
+            "num_rows": torch.empty((), dtype=torch.int64),
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
         self.reset_buffers()
         self._auxiliary_loss: Tensor | None = None
 
     def reset_buffers(self) -> None:
-        """Fill the buffers, which ``to_empty()`` leaves undefined; clears the statistics."""
+        """Fill the buffers, which ``to_empty()`` leaves undefined; clears statistics and biases."""
         rows = [-1] * self.config.num_experts
         for row, expert in enumerate(self.experts.expert_ids):
             rows[expert] = row
         self.expert_map.copy_(torch.tensor(rows, dtype=torch.int32))
         self.reset_statistics()
+        if self.load_balancer is not None:
+            self.load_balancer.reset_buffers()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to every vector of x.
@@ -169,44 +119,78 @@ class MoE(nn.Module):
                 f"MoE: expected input of shape (..., {self.config.dim}), got {tuple(x.shape)}"
             )
         x_TD = x.reshape(math.prod(x.shape[:-1]), self.config.dim)
-        gate = topk_gate(
-            self._router_logits(x_TD),
-            self.config.top_k,
-            score=self.config.score,
-            renormalize=self.config.renormalize,
-            scale=self.config.scale,
+        gate = self._choose(x_TD)
+        routing = route(
+            gate.ids,
+            self.expert_map,
+            len(self.experts.expert_ids),
+            capacity=self._capacity(x_TD.shape[0]),
         )
-        routing = route(gate.ids, self.expert_map, len(self.experts.expert_ids))
         y_TD: Tensor = self.experts(x_TD, gate.weights, routing)
-        self._observe(gate)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        self._observe(gate, routing)
         return y_TD.reshape(x.shape)
 
-    def _router_logits(self, x_TD: Tensor) -> Tensor:
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.to(wide), self.router.weight.to(wide))
+    def _choose(self, x_TD: Tensor) -> GateOutput:
+        config = self.config
+        logits = wide_linear(x_TD, self.router)
+        balancer = self.load_balancer
+        return topk_gate(
+            logits,
+            config.top_k,
+            score=config.score,
+            score_after_top_k=config.score_after_top_k,
+            bias=None if balancer is None else balancer.bias.to(logits.dtype),
+            resident=self.expert_map >= 0 if config.router == "partitioned" else None,
+            num_groups=config.num_groups,
+            top_k_groups=config.top_k_groups,
+            group_score=config.group_score,
+            renormalize=config.renormalize,
+            scale=config.scale,
+        )
 
-    def _observe(self, gate: GateOutput) -> None:
+    def _capacity(self, num_tokens: int) -> int | None:
+        """Most tokens that an expert takes of a forward with ``num_tokens``; None for all."""
+        if self.capacity_per_token is None:
+            return None
+        # In integers: a compiler may reorder a product of floats and round it to another capacity.
+        numerator, denominator = self.capacity_per_token
+        return -(-numerator * num_tokens // denominator)
+
+    def _observe(self, gate: GateOutput, routing: Routing) -> None:
         """Keep the auxiliary loss and add to the statistics, without waiting for the device."""
+        if torch.compiler.is_exporting():  # an exported program is for inference
+            return
+        loss = self._router_loss(gate)  # again in a recompute: checkpoint wants the same tensors
+        if _in_backward():
+            return
+        self._auxiliary_loss = loss
+        # Not +=, which sets the attribute: torch.compile could then not list the modules.
+        self.expert_counts.add_(gate.counts)
+        self.num_rows.add_(routing.offsets[-1])
+        if self.load_balancer is not None and self.training:
+            self.load_balancer.counts.add_(gate.counts)
+
+    def _router_loss(self, gate: GateOutput) -> Tensor:
         num_tokens = max(gate.ids.shape[0], 1)  # no tokens: both losses are 0
-        load = gate.counts.to(gate.prob_sum.dtype) / (num_tokens * self.config.top_k)
-        balance = self.config.num_experts * (load * (gate.prob_sum / num_tokens)).sum()
-        loss = (
+        num_choices = gate.counts.sum().clamp(min=1)
+        load = gate.counts.to(gate.prob_sum.dtype) / num_choices
+        balance = len(self.candidates) * (load * (gate.prob_sum / num_tokens)).sum()
+        return (
             self.config.balance_loss_coefficient * balance
             + self.config.z_loss_coefficient * gate.z_sum / num_tokens
         )
-        if not _in_backward():
-            self._auxiliary_loss = loss
-            # Not +=, which sets the attribute: torch.compile could then not list the modules.
-            self.expert_counts.add_(gate.counts)
 
     @property
     def auxiliary_loss(self) -> Tensor:
         """Balance and z loss times their coefficients, of the last forward; scalar with graph.
 
-        balance = E * sum_e (counts_e / (T * K)) * (prob_sum_e / T), which is 1 for a uniform
-        router; z = z_sum / T. Over all E experts and this layer's own tokens, ghosts included. Our
-        choice, after Switch Transformer (balance) and ST-MoE (z): the FoMoE paper names no loss.
+        balance = E * sum_e load_e * (prob_sum_e / T), where load_e is the share of the choices that
+        fell on e: counts_e / (T * K). It is 1 for a uniform router. z = z_sum / T. Over this
+        layer's own tokens and all E experts, ghosts and drops included; for a partitioned router
+        over the residents alone, E of them, and over the choices they allow. Our choice, after
+        Switch Transformer (balance) and ST-MoE (z): the FoMoE paper names no loss.
 
         Raises
         ------
@@ -228,11 +212,17 @@ class MoE(nn.Module):
 
     def statistics(self) -> RouterStatistics:
         """What the router did since the last reset. Waits for the device."""
-        return router_statistics(self.expert_counts.tolist(), self.experts.expert_ids)
+        return router_statistics(
+            self.expert_counts.tolist(),
+            candidates=self.candidates,
+            resident=self.experts.expert_ids,
+            num_rows=int(self.num_rows),
+        )
 
     def reset_statistics(self) -> None:
         """Start counting anew."""
         self.expert_counts.zero_()
+        self.num_rows.zero_()
 
     def __getstate__(self) -> dict[str, Any]:
         # A tensor with a graph can be neither copied nor pickled.
@@ -252,26 +242,21 @@ def auxiliary_loss(model: nn.Module) -> Tensor:
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
+def _capacity_per_token(config: MoEConfig, num_candidates: int) -> tuple[int, int] | None:
+    """Numerator and denominator of the factor times the even load of a single token."""
+    if config.capacity_factor is None or num_candidates == 0:
+        return None
+    factor = Fraction(config.capacity_factor).limit_denominator(10**6)
+    share = factor * min(config.top_k, num_candidates) / num_candidates
+    return share.numerator, share.denominator
+
+
 def _in_backward() -> bool:
     """Whether activation checkpointing is running a forward again.
 
     Its tokens were counted before, and its loss would keep the layer's recomputed activations
     alive. A compiled layer cannot ask: there a checkpoint from outside counts every token twice,
-    which changes no share.
+    which changes no share. A checkpoint inside what is compiled counts once, but torch wants
+    ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`` to be set.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _check_resident_experts(resident_experts: Sequence[int], num_experts: int) -> None:
-    previous = -1
-    for position, expert in enumerate(resident_experts):
-        if not isinstance(expert, int) or not 0 <= expert < num_experts:
-            raise ValueError(
-                f"resident_experts[{position}]: expected an id in [0, {num_experts}), got {expert}"
-            )
-        if expert <= previous:
-            raise ValueError(
-                f"resident_experts[{position}]: expected ascending ids without repetition, "
-                f"got {expert} after {previous}"
-            )
-        previous = expert

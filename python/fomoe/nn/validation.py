@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of configuration fields; each message names the field, what was expected and what came."""
+"""Checks of settings; each message names the field, what was expected and what came."""
 
 import math
 from collections.abc import Sequence
 
 
-def require_positive_integers(config: object, names: Sequence[str]) -> None:
+def require_integers(config: object, names: Sequence[str], *, at_least: int) -> None:
     for name in names:
         value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+            raise ValueError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
 
 
 def require_choice(config: object, name: str, choices: Sequence[str]) -> None:
@@ -36,3 +36,19 @@ def require_booleans(config: object, names: Sequence[str]) -> None:
         value = getattr(config, name)
         if not isinstance(value, bool):
             raise ValueError(f"{name}: expected true or false, got {value!r}")
+
+
+def require_resident_experts(resident_experts: Sequence[int], num_experts: int) -> None:
+    """Ascending ids below ``num_experts``, each at most once."""
+    previous = -1
+    for position, expert in enumerate(resident_experts):
+        if not isinstance(expert, int) or not 0 <= expert < num_experts:
+            raise ValueError(
+                f"resident_experts[{position}]: expected an id in [0, {num_experts}), got {expert}"
+            )
+        if expert <= previous:
+            raise ValueError(
+                f"resident_experts[{position}]: expected ascending ids without repetition, "
+                f"got {expert} after {previous}"
+            )
+        previous = expert

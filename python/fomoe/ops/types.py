@@ -14,8 +14,8 @@ from torch import Tensor
 class GateOutput(NamedTuple):
     """The router's decision for a batch of tokens, see ``topk_gate``."""
 
-    ids: Tensor  # (T, K) int32: chosen experts, best first
-    weights: Tensor  # (T, K) accumulation dtype, differentiable
+    ids: Tensor  # (T, K) int32: chosen experts, best first; -1 where there are fewer than K
+    weights: Tensor  # (T, K) accumulation dtype, differentiable; 0 where the id is -1
     counts: Tensor  # (E,) int64: how many slots chose the expert
     prob_sum: Tensor  # (E,) accumulation dtype, differentiable: probability summed over tokens
     z_sum: Tensor  # () accumulation dtype, differentiable: squared logsumexp summed over tokens
@@ -24,6 +24,6 @@ class GateOutput(NamedTuple):
 class Routing(NamedTuple):
     """Where each slot's row lies when rows are ordered by resident expert, see ``route``."""
 
-    slot_to_row: Tensor  # (T, K) int32: row of the slot, -1 for a ghost
+    slot_to_row: Tensor  # (T, K) int32: row of the slot, -1 for a ghost or drop
     row_to_slot: Tensor  # (R,) int32: slot of the row, -1 from offsets[-1] on
     offsets: Tensor  # (E_local + 1,) int32: expert e owns rows offsets[e] up to offsets[e + 1]

@@ -7,8 +7,10 @@ from torch import Tensor
 from fomoe.ops.types import Routing
 
 
-def route(ids: Tensor, expert_map: Tensor, num_local_experts: int) -> Routing:
-    """Order the slots by resident expert, then by slot; ghosts get no row.
+def route(
+    ids: Tensor, expert_map: Tensor, num_local_experts: int, *, capacity: int | None = None
+) -> Routing:
+    """Order the slots by resident expert, then by slot; ghosts and drops get no row.
 
     Parameters
     ----------
@@ -18,25 +20,34 @@ def route(ids: Tensor, expert_map: Tensor, num_local_experts: int) -> Routing:
         Local index of each global expert, -1 if it is not resident here (a ghost).
     num_local_experts : int
         E_local.
+    capacity : int, optional
+        The most rows of each local expert, which keeps its first slots; the others are drops. None
+        is dropless.
 
     Returns
     -------
     Routing
-        The sizes never depend on the ids. Not differentiable.
+        The sizes never depend on the ids or the capacity. Not differentiable.
 
     Raises
     ------
     ValueError
-        If an id is outside [-1, E) or a map entry is outside [-1, num_local_experts).
+        If an id is outside [-1, E), a map entry is outside [-1, num_local_experts) or the capacity
+        is negative.
     """
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"route: capacity must be at least 0, got {capacity}")
     num_experts = expert_map.shape[0]
     num_slots = ids.numel()
     _check_range("ids", ids, num_experts)
     _check_range("expert_map", expert_map, num_local_experts)
     slot_ids = ids.flatten().long()
     local = torch.where(slot_ids >= 0, expert_map.long()[slot_ids.clamp(min=0)], -1)
+    if capacity is not None:
+        for expert in range(num_local_experts):
+            local[(local == expert).nonzero()[capacity:]] = -1
 
-    # Ghosts sort behind every resident expert; the sort is stable, so slots stay in order.
+    # Ghosts and drops sort behind every resident expert; the sort is stable: slots stay in order.
     key = torch.where(local >= 0, local, num_local_experts)
     slots = torch.argsort(key, stable=True)
     group_sizes = torch.bincount(key, minlength=num_local_experts + 1)[:num_local_experts]
