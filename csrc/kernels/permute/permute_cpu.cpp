@@ -7,6 +7,9 @@
 #include "fomoe/parallel.h"
 
 namespace fomoe::cpu {
+namespace {
+constexpr int64_t kRowsAhead = 4;
+}
 
 void permute(DType dtype, const void* x, const Routing& routing, int64_t width, void* rows) {
   permute_range(dtype, x, routing, width, 0, routing.num_rows(), rows);
@@ -20,8 +23,16 @@ void permute_range(DType dtype, const void* x, const Routing& routing, int64_t w
   char* target = static_cast<char*>(rows);
   const int64_t rows_per_thread = ceil_div(65536, row_bytes);
   parallel_for(count, rows_per_thread, [&](int64_t begin, int64_t end) {
+    // Tokens are scattered over memory, so that no processor foresees the next one.
+    const auto fetch_row = [&](int64_t row) {
+      const int32_t slot = row < end ? routing.row_to_slot[first + row] : -1;
+      if (slot < 0) return;
+      const char* data = source + slot / routing.top_k * row_bytes;
+      for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(data + byte);
+    };
     for (int64_t row = begin; row < end; ++row) {
       const int32_t slot = routing.row_to_slot[first + row];
+      fetch_row(row + kRowsAhead);
       if (slot < 0) {
         std::memset(target + row * row_bytes, 0, row_bytes);
       } else {
