@@ -83,4 +83,4 @@ def _exact(x: Tensor, grad_y: Tensor, weights: Sequence[Tensor], top_k: int) -> 
 
 def _relative_error(found: Tensor | None, exact: Tensor) -> float:
     assert found is not None
-    return float((found.double() - exact).norm() / exact.norm())
+    return float(((found.double() - exact).norm() / exact.norm()).detach())

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fomoe.bench.agreement import Agreement, check_agreement
 from fomoe.bench.baselines import OURS, Contender, build_contenders
-from fomoe.bench.machine import DTYPE_NAMES
+from fomoe.bench.machine import DTYPES, GEMM_FLOPS, gemm
 from fomoe.bench.shapes import Shape
 from fomoe.bench.timing import Call, Plan, interleave, paired_ratio, spread
 
 PASSES = ("forward", "forward+backward")
+_GEMM = "torch.mm"  # takes its turn too: the ceiling as it is at that moment
 
 
 class Batch(NamedTuple):
@@ -22,40 +23,49 @@ class Batch(NamedTuple):
 
 
 def measure_layers(
-    shapes: Sequence[Shape],
-    dtypes: Sequence[str],
-    plan: Plan,
-    gemm_gflops: Mapping[str, float],
-    progress: Callable[[str], object],
+    shapes: Sequence[Shape], dtypes: Sequence[str], plan: Plan, progress: Callable[[str], object]
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of one case after the other: of each contender, ours first."""
     for shape in shapes:
         for dtype in dtypes:
             progress(f"{shape} {dtype}: do the outputs agree?")
-            contenders = build_contenders(shape, DTYPE_NAMES[dtype])
+            contenders = build_contenders(shape, DTYPES[dtype])
             agreements = check_agreement(contenders, shape.top_k)
             for name in PASSES:
                 progress(f"{shape} {dtype} {name}")
-                prepare = _prepare_forward if name == "forward" else _prepare_training
-                times = interleave(
-                    {key: prepare(contender) for key, contender in contenders.items()},
-                    _drawing(shape, DTYPE_NAMES[dtype]),
-                    plan,
-                )
+                times = _measure(contenders, shape, DTYPES[dtype], name, plan)
                 case = {"shape": shape._asdict(), "dtype": dtype, "pass": name}
                 flops = shape.expert_flops(backward=name != "forward")
-                yield _records(case, times, agreements, flops / gemm_gflops[dtype] / 1e9)
+                yield _records(case, times, agreements, flops)
+
+
+def _measure(
+    contenders: Mapping[str, Contender], shape: Shape, dtype: torch.dtype, name: str, plan: Plan
+) -> dict[str, list[float]]:
+    prepare = _prepare_forward if name == "forward" else _prepare_training
+    calls = {key: prepare(contender) for key, contender in contenders.items()}
+    product = gemm(dtype)
+    calls[_GEMM] = lambda batch: product
+    generator = torch.Generator().manual_seed(1)
+
+    def draw() -> Batch:
+        size = (2, shape.tokens, shape.dim)
+        return Batch(*torch.randn(size, generator=generator).to(dtype).unbind())
+
+    return interleave(calls, draw, plan)
 
 
 def _records(
-    case: dict[str, Any],
+    case: Mapping[str, Any],
     times: Mapping[str, list[float]],
     agreements: Mapping[str, Agreement],
-    seconds_at_ceiling: float,
+    flops: int,
 ) -> list[dict[str, Any]]:
     records = []
-    for name, seconds in times.items():
+    for name, agreement in agreements.items():
+        seconds = times[name]
         own, ratio = spread(seconds), paired_ratio(seconds, times[OURS])
+        gemm_time = paired_ratio(times[_GEMM], seconds).median
         records.append(
             {
                 **case,
@@ -66,21 +76,11 @@ def _records(
                 "best_ms": own.best * 1e3,
                 "ratio": ratio.median,
                 "ratio_quartiles": [ratio.low, ratio.high],
-                "gemm_share": seconds_at_ceiling / own.median,
-                "agreement": agreements[name]._asdict(),
+                "gemm_share": gemm_time * flops / GEMM_FLOPS,
+                "agreement": agreement._asdict(),
             }
         )
     return records
-
-
-def _drawing(shape: Shape, dtype: torch.dtype) -> Callable[[], Batch]:
-    generator = torch.Generator().manual_seed(1)
-
-    def draw() -> Batch:
-        size = (2, shape.tokens, shape.dim)
-        return Batch(*torch.randn(size, generator=generator).to(dtype).unbind())
-
-    return draw
 
 
 def _prepare_forward(contender: Contender) -> Callable[[Batch], Call]:

@@ -3,7 +3,7 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +15,12 @@ from fomoe import _C
 from fomoe._build import source_commit
 from fomoe.bench.timing import seconds_of
 
-_SIDE = 2048
+_SIDE = 1024  # large enough for torch.mm's full rate, here
+GEMM_FLOPS = 2 * _SIDE**3
 _COPY_BYTES = 2**28
-_TRIES = 5
+_TRIES = 20
 
-DTYPE_NAMES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def machine(dtypes: Sequence[str], threads: int) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def machine(dtypes: Sequence[str], threads: int) -> dict[str, Any]:
         "threads": threads,
         "load_average": os.getloadavg()[0],  # of others: nothing has run yet
         "fomoe_cpu_kernels": _C.cpu_capability(),
-        "gemm_gflops": {dtype: gemm_gflops(DTYPE_NAMES[dtype]) for dtype in dtypes},
+        "gemm_gflops": {dtype: gemm_gflops(DTYPES[dtype]) for dtype in dtypes},
         "copy_gbytes_per_second": copy_gbytes_per_second(),
     }
 
@@ -46,12 +47,17 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def gemm_gflops(dtype: torch.dtype) -> float:
-    """Best rate of torch.mm on large square matrices."""
+def gemm(dtype: torch.dtype) -> Callable[[], object]:
+    """A torch.mm of GEMM_FLOPS on random matrices."""
     a, b = (torch.randn(_SIDE, _SIDE).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    seconds = min(seconds_of(lambda: torch.mm(a, b, out=out)) for _ in range(_TRIES))
-    return 2 * _SIDE**3 / seconds / 1e9
+    return lambda: torch.mm(a, b, out=out)
+
+
+def gemm_gflops(dtype: torch.dtype) -> float:
+    """Best rate of :func:`gemm`."""
+    call = gemm(dtype)
+    return GEMM_FLOPS / min(seconds_of(call) for _ in range(_TRIES)) / 1e9
 
 
 def copy_gbytes_per_second() -> float:

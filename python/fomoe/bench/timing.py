@@ -18,14 +18,14 @@ import torch
 
 WARMUPS = 3
 MIN_REPETITIONS = 7
-# A contender that takes SLOW_FACTOR times as long as the fastest, and SLOW_SECONDS, is run in the
-# first warm-up and the first SLOW_REPETITIONS only: it would take most of the time there is, and
-# will not be the fastest.
+# A contender that takes SLOW_FACTOR times as long as the first one, and SLOW_SECONDS, is run in one
+# warm-up and SLOW_REPETITIONS only: it is not worth most of the time there is.
 SLOW_FACTOR = 4
 SLOW_SECONDS = 0.25
 SLOW_REPETITIONS = 3
 
 Batch = TypeVar("Batch")
+Key = TypeVar("Key")
 Call = Callable[[], object]
 
 
@@ -65,8 +65,8 @@ def paired_ratio(slower: Sequence[float], faster: Sequence[float]) -> Spread:
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[Batch], Call]], draw: Callable[[], Batch], plan: Plan
-) -> dict[str, list[float]]:
+    contenders: Mapping[Key, Callable[[Batch], Call]], draw: Callable[[], Batch], plan: Plan
+) -> dict[Key, list[float]]:
     """Seconds each contender took in each repetition, after some that are not counted.
 
     Parameters
@@ -78,15 +78,15 @@ def interleave(
         twice, as in training and serving: a matrix library that prepares code for each size pays.
     plan
     """
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+    times: dict[Key, list[float]] = {name: [] for name in contenders}
 
-    def run(order: Iterable[str]) -> dict[str, float]:
+    def run(order: Iterable[Key]) -> dict[Key, float]:
         batch = draw()
         return {name: seconds_of(contenders[name](batch)) for name in order}
 
     with _no_garbage_collection():
         first = run(contenders)
-        limit = max(SLOW_FACTOR * min(first.values()), SLOW_SECONDS)
+        limit = max(SLOW_FACTOR * next(iter(first.values())), SLOW_SECONDS)
         quick = [name for name in contenders if first[name] <= limit]
         for _ in range(WARMUPS - 1):
             run(quick)
@@ -99,7 +99,7 @@ def interleave(
     return times
 
 
-def in_turns(names: Sequence[str], repetition: int) -> list[str]:
+def in_turns(names: Sequence[Key], repetition: int) -> list[Key]:
     """The names in an order in which, over the repetitions, each comes after each equally often.
 
     What ran before leaves its traces in cache and allocator. This is Williams's design: 0, n - 1,

@@ -6,8 +6,13 @@ from typing import Annotated
 
 import typer
 
+from fomoe.errors import UserError
+
 
 def bench(
+    skip: Annotated[
+        bool, typer.Option("--skip", help="What skipping ghosts saves, instead of the layers.")
+    ] = False,
     shape: Annotated[
         list[str] | None,
         typer.Option(metavar="T,D,F,E,K", help="Layer to measure; repeatable. Default: five."),
@@ -25,7 +30,14 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="File of JSON lines to write, anew.")] = None,
 ) -> None:
     """Time the MoE layer against Hugging Face's and plain torch's."""
-    from fomoe.bench import Plan, run_layers
+    from fomoe.bench import Plan, run_layers, run_skip
 
     plan = Plan(seconds=seconds, repetitions=repetitions)
-    run_layers(shapes=shape or (), dtypes=dtype or (), plan=plan, threads=threads, output=output)
+    if not skip:
+        run_layers(
+            shapes=shape or (), dtypes=dtype or (), plan=plan, threads=threads, output=output
+        )
+    elif shape or dtype:
+        raise UserError("--skip: expected no --shape and no --dtype, as it measures whole models")
+    else:
+        run_skip(plan=plan, threads=threads, output=output)
