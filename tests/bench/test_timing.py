@@ -79,6 +79,9 @@ def test_a_contender_that_is_far_slower_than_the_first_runs_in_few_repetitions(c
     contenders = {name: (lambda batch, s=s: lambda: s) for name, s in seconds.items()}
     times = interleave(contenders, lambda: None, Plan(repetitions=8))
     assert times == {"ours": [0.1] * 8, "near": [0.35] * 8, "far": [0.45] * 3}
+    # Nor does it use up the seconds of the others: 0.45 a repetition, so 10 make 4.5.
+    times = interleave(contenders, lambda: None, Plan(seconds=4.4))
+    assert [len(times[name]) for name in seconds] == [10, 10, 3]
     # Where all are quick, a slow first call is only the first call.
     seconds |= {"ours": 0.01, "near": 0.02, "far": 0.2}
     contenders = {name: (lambda batch, s=s: lambda: s) for name, s in seconds.items()}

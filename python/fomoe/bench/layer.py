@@ -14,7 +14,7 @@ from fomoe.bench.shapes import Shape
 from fomoe.bench.timing import Call, Plan, interleave, paired_ratio, spread
 
 PASSES = ("forward", "forward+backward")
-_GEMM = "torch.mm"  # takes its turn too: the ceiling as it is at that moment
+_GEMM = "torch.mm"  # as many FLOPs, in the same turns: the ceiling as it is at that moment
 
 
 class Batch(NamedTuple):
@@ -33,33 +33,31 @@ def measure_layers(
             agreements = check_agreement(contenders, shape.top_k)
             for name in PASSES:
                 progress(f"{shape} {dtype} {name}")
-                times = _measure(contenders, shape, DTYPES[dtype], name, plan)
-                case = {"shape": shape._asdict(), "dtype": dtype, "pass": name}
                 flops = shape.expert_flops(backward=name != "forward")
-                yield _records(case, times, agreements, flops)
+                num_gemms = max(1, round(flops / GEMM_FLOPS))
+                prepare = _prepare_forward if name == "forward" else _prepare_training
+                calls = {key: prepare(contender) for key, contender in contenders.items()}
+                calls[_GEMM] = _prepare_gemms(DTYPES[dtype], num_gemms)
+                times = interleave(calls, _drawing(shape, DTYPES[dtype]), plan)
+                case = {"shape": shape._asdict(), "dtype": dtype, "pass": name}
+                yield _records(case, times, agreements, flops / (num_gemms * GEMM_FLOPS))
 
 
-def _measure(
-    contenders: Mapping[str, Contender], shape: Shape, dtype: torch.dtype, name: str, plan: Plan
-) -> dict[str, list[float]]:
-    prepare = _prepare_forward if name == "forward" else _prepare_training
-    calls = {key: prepare(contender) for key, contender in contenders.items()}
-    product = gemm(dtype)
-    calls[_GEMM] = lambda batch: product
+def _drawing(shape: Shape, dtype: torch.dtype) -> Callable[[], Batch]:
     generator = torch.Generator().manual_seed(1)
 
     def draw() -> Batch:
         size = (2, shape.tokens, shape.dim)
         return Batch(*torch.randn(size, generator=generator).to(dtype).unbind())
 
-    return interleave(calls, draw, plan)
+    return draw
 
 
 def _records(
     case: Mapping[str, Any],
     times: Mapping[str, list[float]],
     agreements: Mapping[str, Agreement],
-    flops: int,
+    flops_per_gemm_flop: float,
 ) -> list[dict[str, Any]]:
     records = []
     for name, agreement in agreements.items():
@@ -76,7 +74,7 @@ def _records(
                 "best_ms": own.best * 1e3,
                 "ratio": ratio.median,
                 "ratio_quartiles": [ratio.low, ratio.high],
-                "gemm_share": gemm_time * flops / GEMM_FLOPS,
+                "gemm_share": gemm_time * flops_per_gemm_flop,
                 "agreement": agreement._asdict(),
             }
         )
@@ -92,6 +90,16 @@ def _prepare_forward(contender: Contender) -> Callable[[Batch], Call]:
         return call
 
     return prepare
+
+
+def _prepare_gemms(dtype: torch.dtype, count: int) -> Callable[[Batch], Call]:
+    product = gemm(dtype)
+
+    def call() -> None:
+        for _ in range(count):
+            product()
+
+    return lambda batch: call
 
 
 def _prepare_training(contender: Contender) -> Callable[[Batch], Call]:

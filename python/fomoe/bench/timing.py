@@ -33,7 +33,7 @@ Call = Callable[[], object]
 class Plan:
     """When a case has been repeated enough: after ``repetitions``, or else after ``seconds``."""
 
-    seconds: float = 10.0  # but at least MIN_REPETITIONS
+    seconds: float = 10.0  # timed, without slow contenders; but at least MIN_REPETITIONS
     repetitions: int | None = None
 
     def is_enough(self, repetitions: int, seconds: float) -> bool:
@@ -90,11 +90,13 @@ def interleave(
         quick = [name for name in contenders if first[name] <= limit]
         for _ in range(WARMUPS - 1):
             run(quick)
-        repetition, begin = 0, time.perf_counter()
-        while not plan.is_enough(repetition, time.perf_counter() - begin):
+        repetition, spent = 0, 0.0
+        while not plan.is_enough(repetition, spent):
             entrants = list(contenders) if repetition < SLOW_REPETITIONS else quick
-            for name, seconds in run(in_turns(entrants, repetition)).items():
+            taken = run(in_turns(entrants, repetition))
+            for name, seconds in taken.items():
                 times[name].append(seconds)
+            spent += sum(taken[name] for name in quick)
             repetition += 1
     return times
 
