@@ -28,7 +28,7 @@ def measure_layers(
     """The records of one case after the other: of each contender, ours first."""
     for shape in shapes:
         for dtype in dtypes:
-            progress(f"{shape} {dtype}: do the outputs agree?")
+            progress(f"{shape} {dtype} agreement")
             contenders = build_contenders(shape, DTYPES[dtype])
             agreements = check_agreement(contenders, shape.top_k)
             for name in PASSES:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TextColumn
 
 from fomoe.bench import skip, table
 from fomoe.bench.baselines import HOW_TO_GET_HUGGING_FACE, hugging_face_block
@@ -144,9 +144,12 @@ def _written(
 def _progress() -> Iterator[Callable[[str], object]]:
     """Shows what is measured on a terminal, and nothing elsewhere."""
     console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        TextColumn("{task.description}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        auto_refresh=False,  # a thread that draws would run into what is timed
     ) as progress:
         task = progress.add_task("")
-        yield lambda text: progress.update(task, description=text)
+        yield lambda text: progress.update(task, description=f"measuring {text}", refresh=True)

@@ -81,11 +81,10 @@ def print_skipping(console: Console, groups: Sequence[Sequence[Record]]) -> None
     for records in groups:
         models.setdefault(records[0]["model"], {})[records[0]["part"]] = records
     for name, parts in models.items():
-        step = parts["step"][0]
         say(
             console,
-            f"{name}: experts are {parts['layer'][0]['expert_flop_share']:.1%} of the layer's "
-            f"FLOPs and {step['expert_flop_share']:.1%} of a step's ({step['tokens']} tokens)",
+            f"{name}: experts are {parts['layer'][0]['expert_flop_share']:.1%} of the layer's and "
+            f"{parts['step'][0]['expert_flop_share']:.1%} of a step's FLOPs",
         )
         console.print(_skip_table(parts))
         half = next((r for r in parts["experts"] if r["wanted_ghost_share"] == 0.5), None)
