@@ -39,7 +39,7 @@ def replace(monkeypatch: pytest.MonkeyPatch):
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for command in ("train", "export", "report", "demo", "build-info"):
+    for command in ("train", "export", "report", "demo", "bench", "build-info"):
         assert command in text
 
 

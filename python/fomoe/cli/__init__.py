@@ -16,6 +16,7 @@ __all__ = ["main"]
 def _app() -> "typer.Typer":
     import typer
 
+    from fomoe.cli.bench import bench
     from fomoe.cli.build_info import build_info
     from fomoe.cli.demo import demo
     from fomoe.cli.export import export
@@ -33,6 +34,7 @@ def _app() -> "typer.Typer":
     app.command()(export)
     app.command()(report)
     app.command()(demo)
+    app.command()(bench)
     app.command(name="build-info")(build_info)
     return app
 

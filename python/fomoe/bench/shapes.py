@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer shapes that are measured."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from fomoe.errors import UserError
+
+MAX_EXPERTS = 4096
+
+
+class Shape(NamedTuple):
+    """A Mixture-of-Experts layer with SwiGLU experts, and how many tokens it gets."""
+
+    tokens: int
+    dim: int
+    expert_dim: int
+    num_experts: int
+    top_k: int
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self))
+
+    def expert_flops(self, *, backward: bool) -> int:
+        """FLOPs of the experts' matrix products, as SonicMoE counts them: 6TKDF, or 18TKDF."""
+        rows = self.tokens * self.top_k
+        return (18 if backward else 6) * rows * self.dim * self.expert_dim
+
+
+SHAPES = (
+    Shape(2048, 512, 256, 64, 8),  # narrow experts, many of them: moving rows costs most
+    Shape(2048, 512, 192, 128, 8),
+    Shape(1024, 512, 1792, 8, 2),  # few wide ones: the matrix products cost most
+    Shape(16, 512, 192, 128, 8),  # a decoding step: reading the weights costs most
+    Shape(512, 576, 128, 12, 3),  # small, and no powers of two
+)
+
+
+def parse_shape(text: str) -> Shape:
+    """``T,D,F,E,K`` as a shape.
+
+    Raises
+    ------
+    UserError
+        When the text is not five positive integers with K <= E <= 4096.
+    """
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = []
+    if len(sizes) != len(Shape._fields) or min(sizes) < 1:
+        raise UserError(
+            f"--shape: expected five positive integers T,D,F,E,K such as {SHAPES[0]}, got {text!r}"
+        )
+    shape = Shape(*sizes)
+    if not shape.top_k <= shape.num_experts <= MAX_EXPERTS:
+        raise UserError(f"--shape: expected K <= E <= {MAX_EXPERTS}, got {text!r}")
+    return shape
+
+
+def parse_shapes(texts: Sequence[str]) -> tuple[Shape, ...]:
+    """The shapes of these texts; without any, the standard ones."""
+    return tuple(map(parse_shape, texts)) or SHAPES

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fomoe bench`: speed on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fomoe.errors import UserError
+
+
+def bench(
+    skip: Annotated[
+        bool, typer.Option("--skip", help="What skipping ghosts saves, instead of the layers.")
+    ] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="T,D,F,E,K", help="Layer to measure; repeatable. Default: five."),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bf16 or fp32; repeatable. Default: both.")
+    ] = None,
+    repetitions: Annotated[
+        int | None, typer.Option(min=1, help="Of every case; without it, --seconds decides.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="For every case; at least 7 repetitions are made.")
+    ] = 10.0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="File of JSON lines to write, anew.")] = None,
+) -> None:
+    """Time the MoE layer against Hugging Face's and plain torch's."""
+    from fomoe.bench import Plan, run_layers, run_skip
+
+    plan = Plan(seconds=seconds, repetitions=repetitions)
+    if not skip:
+        run_layers(
+            shapes=shape or (), dtypes=dtype or (), plan=plan, threads=threads, output=output
+        )
+    elif shape or dtype:
+        raise UserError("--skip: expected no --shape and no --dtype, as it measures whole models")
+    else:
+        run_skip(plan=plan, threads=threads, output=output)
