@@ -157,15 +157,30 @@ struct Fetches {
   const uint16_t* const* end;
 };
 
-/// sums [rows][32] (+)= packed a [pairs][12] times packed b [pairs][32].
+/// Where 12 rows by 32 columns of the product go: to the sums between two steps, rounded to c after
+/// the last.
+struct Tile {
+  float* sums;           // [12][32]
+  uint16_t* c;           // the first of its elements
+  int64_t c_stride;      // between rows
+  int64_t cols;          // up to 32
+  const uint16_t* bias;  // [cols], or nullptr
+  bool is_first, is_last;
+};
+
+FOMOE_AVX512_BF16 inline __m512 widen(__m256i values) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+/// Adds packed a [pairs][12] times packed b [pairs][32] to the tile.
 template <int rows>
 FOMOE_AVX512_BF16 void accumulate(const uint32_t* a, const uint32_t* b, int64_t pairs,
-                                  bool is_first, float* sums, Fetches& fetches) {
+                                  const Tile& tile, Fetches& fetches) {
   __m512 s[rows][2];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
-    s[i][0] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kCols);
-    s[i][1] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + i * kCols + 16);
+    s[i][0] = tile.is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(tile.sums + i * kCols);
+    s[i][1] = tile.is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(tile.sums + i * kCols + 16);
   }
   for (int64_t begin = 0; begin < pairs; begin += kPairsPerFetch) {
     if (fetches.next < fetches.end) __builtin_prefetch(*fetches.next++, 0, 2);
@@ -182,38 +197,35 @@ FOMOE_AVX512_BF16 void accumulate(const uint32_t* a, const uint32_t* b, int64_t 
       }
     }
   }
+  if (!tile.is_last) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i) {
+      _mm512_storeu_ps(tile.sums + i * kCols, s[i][0]);
+      _mm512_storeu_ps(tile.sums + i * kCols + 16, s[i][1]);
+    }
+    return;
+  }
+  const __mmask32 stored = mask32(tile.cols);
+  __m512 bias0 = _mm512_setzero_ps(), bias1 = _mm512_setzero_ps();
+  if (tile.bias) {
+    const __m512i values = _mm512_maskz_loadu_epi16(stored, tile.bias);
+    bias0 = widen(_mm512_castsi512_si256(values));
+    bias1 = widen(_mm512_extracti64x4_epi64(values, 1));
+  }
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
-    _mm512_storeu_ps(sums + i * kCols, s[i][0]);
-    _mm512_storeu_ps(sums + i * kCols + 16, s[i][1]);
+    const __m512bh rounded =
+        _mm512_cvtne2ps_pbh(_mm512_add_ps(s[i][1], bias1), _mm512_add_ps(s[i][0], bias0));
+    _mm512_mask_storeu_epi16(tile.c + i * tile.c_stride, stored,
+                             reinterpret_cast<__m512i>(rounded));
   }
 }
 
-using Accumulate12 = void (*)(const uint32_t*, const uint32_t*, int64_t, bool, float*, Fetches&);
+using Accumulate12 = void (*)(const uint32_t*, const uint32_t*, int64_t, const Tile&, Fetches&);
 constexpr Accumulate12 kAccumulate[kRows + 1] = {
     nullptr,        accumulate<1>,  accumulate<2>, accumulate<3>, accumulate<4>,
     accumulate<5>,  accumulate<6>,  accumulate<7>, accumulate<8>, accumulate<9>,
     accumulate<10>, accumulate<11>, accumulate<12>};
-
-/// Rounds sums [rows][32] plus the bias into columns [col, col + cols) of c.
-FOMOE_AVX512_BF16 void round_panel(const float* sums, const uint16_t* bias, int64_t rows,
-                                   int64_t col, int64_t cols, uint16_t* c, int64_t c_stride) {
-  const __mmask32 stored = mask32(cols);
-  __m512 bias0 = _mm512_setzero_ps(), bias1 = _mm512_setzero_ps();
-  if (bias) {
-    const __m512i values = _mm512_maskz_loadu_epi16(stored, bias + col);
-    bias0 = _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(values)), 16));
-    bias1 = _mm512_castsi512_ps(
-        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(values, 1)), 16));
-  }
-  for (int64_t row = 0; row < rows; ++row) {
-    const __m512 low = _mm512_add_ps(_mm512_loadu_ps(sums + row * kCols), bias0);
-    const __m512 high = _mm512_add_ps(_mm512_loadu_ps(sums + row * kCols + 16), bias1);
-    const auto rounded = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
-    _mm512_mask_storeu_epi16(c + row * c_stride + col, stored, rounded);
-  }
-}
 
 /// Writes down the cache lines that pack() will read for these lines and terms; returns how many.
 int64_t cache_lines(const Lines& lines, int64_t first, int64_t count, int64_t term, int64_t terms,
@@ -250,12 +262,17 @@ void multiply_panel(const uint32_t* block, int64_t rows, int64_t terms, const Li
                                  std::min(kStep, terms - next_term), addresses);
     }
     for (int64_t row = 0; row < rows; row += kRows) {
+      const Tile tile = {sums + row * kCols,
+                         c + row * num_cols + col,
+                         num_cols,
+                         cols_from(col),
+                         bias ? bias + col : bias,
+                         term == 0,
+                         is_last};
       kAccumulate[std::min<int64_t>(kRows, rows - row)](block + row * pairs + term / 2 * kRows,
-                                                        panel, ceil_div(step, 2), term == 0,
-                                                        sums + row * kCols, fetches);
+                                                        panel, ceil_div(step, 2), tile, fetches);
     }
   }
-  round_panel(sums, bias, rows, col, cols_from(col), c, num_cols);
 }
 
 /// Whether dot products are this processor's fastest way: not when it also has AMX tiles.
