@@ -50,8 +50,10 @@ FOMOE_INLINE void choose(const Gate& gate, const Eligible& eligible, const GateR
     ids[k] = eligible.experts[positions[k]];
     ++counts[positions[k]];
   }
-  std::fill(weights + num_choices, weights + gate.top_k, Real(0));
-  std::fill(ids + num_choices, ids + gate.top_k, -1);
+  for (int64_t k = num_choices; k < gate.top_k; ++k) {
+    weights[k] = 0;
+    ids[k] = -1;
+  }
 }
 
 template <typename T>
