@@ -185,8 +185,8 @@ TEST(groups_masks_and_biases_equal_the_reference) {
   for (DType dtype : samples::kAllDTypes) {
     for (GateScore score : {GateScore::kSoftmax, GateScore::kSigmoid, GateScore::kUnit}) {
       for (GroupScore group_score : {GroupScore::kMax, GroupScore::kTop2Sum}) {
-        for (const auto& [num_groups, top_k_groups] : {std::pair{1, 1}, {4, 2}, {6, 5}, {24, 7}}) {
-          const Gate gate = {9, 24,    5,          score,        true,
+        for (const auto& [num_groups, top_k_groups] : {std::pair{1, 1}, {4, 2}, {6, 5}, {24, 20}}) {
+          const Gate gate = {9, 24,    6,          score,        true,
                              2, false, num_groups, top_k_groups, group_score};
           if (gate.top_k > top_k_groups * (24 / num_groups)) continue;
           Input input(dtype, harness::random_values(9 * 24, 5));
