@@ -118,10 +118,7 @@ FOMOE_VECTORIZED void gate_backward(const Gate& gate, const Eligible& eligible, 
   Choices<Real> choices;
   Real gathered[kMaxExperts], d_values[kMaxExperts], d_logits[kMaxExperts];
   const auto* d_prob_sum = static_cast<const Real*>(gradient.prob_sum);
-  if (d_prob_sum && !eligible.is_all) {
-    gather_eligible(eligible, d_prob_sum, gathered);
-    d_prob_sum = gathered;
-  }
+  if (d_prob_sum) d_prob_sum = gather_eligible(eligible, d_prob_sum, gathered);
 
   for (int64_t t = begin; t < end; ++t) {
     fill_gate_row(gate, eligible, logits + t * num_experts, row);
