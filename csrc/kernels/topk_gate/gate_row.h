@@ -65,23 +65,24 @@ FOMOE_INLINE void fill_gate_row(const Gate& gate, const Eligible& eligible, cons
                                 GateRow<Accumulate<T>>& row) {
   using Real = Accumulate<T>;
   const int64_t count = eligible.count;
-  row.logits = gather_eligible(eligible, logits, row.gathered);
+  const Real* values = gather_eligible(eligible, logits, row.gathered);
+  row.logits = values;
 
   // NaN never is the largest, but reaches the sum and through it every probability. An infinite
   // largest logit makes the probabilities NaN, yet leaves the logsumexp that infinity.
-  const Real shift = largest(row.logits, count);
-  for (int64_t i = 0; i < count; ++i) row.softmax[i] = exponential(row.logits[i] - shift);
+  const Real shift = largest(values, count);
+  for (int64_t i = 0; i < count; ++i) row.softmax[i] = exponential(values[i] - shift);
   const Real sum = sum_of<Real>(count, [&](int64_t i) { return row.softmax[i]; });
   for (int64_t i = 0; i < count; ++i) row.softmax[i] /= sum;
   row.logsumexp = shift + std::log(sum);
   if (std::isinf(shift)) {
     const bool has_nan =
-        std::any_of(row.logits, row.logits + count, [](Real logit) { return std::isnan(logit); });
+        std::any_of(values, values + count, [](Real logit) { return std::isnan(logit); });
     if (!has_nan) row.logsumexp = shift;
   }
 
   if (gate.score == GateScore::kSigmoid) {
-    for (int64_t i = 0; i < count; ++i) row.sigmoid[i] = sigmoid(row.logits[i]);
+    for (int64_t i = 0; i < count; ++i) row.sigmoid[i] = sigmoid(values[i]);
     const Real total = sum_of<Real>(count, [&](int64_t i) { return row.sigmoid[i]; });
     row.sigmoid_sum = total == 0 ? Real(1) : total;
   }
