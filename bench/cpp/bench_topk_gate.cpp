@@ -37,5 +37,7 @@ int main() {
     run(dtype, {8192, 64, 8, fomoe::GateScore::kSoftmax, false, 1.0});
     run(dtype, {8192, 128, 8, fomoe::GateScore::kSigmoid, true, 1.0});
     run(dtype, {2048, 512, 10, fomoe::GateScore::kSoftmax, false, 1.0});
+    run(dtype, {4096, 256, 8, fomoe::GateScore::kSigmoid, true, 2.5, false, 8, 4,
+                fomoe::GroupScore::kTop2Sum});  // the groups of DeepSeek-V3
   }
 }

@@ -14,12 +14,13 @@ struct Result {
   bool operator==(const Result&) const = default;
 };
 
-Result routed(const Ints& ids, const Ints& expert_map, int64_t num_local_experts) {
+Result routed(const Ints& ids, const Ints& expert_map, int64_t num_local_experts,
+              int64_t capacity = fomoe::kDropless) {
   Result result = {Ints(ids.size(), -7), Ints(ids.size(), -7), Ints(num_local_experts + 1, -7)};
   std::vector<char> workspace(fomoe::cpu::route_workspace_bytes(num_local_experts));
   fomoe::cpu::route(ids.data(), static_cast<int64_t>(ids.size()), expert_map.data(),
-                    num_local_experts, result.slot_to_row.data(), result.row_to_slot.data(),
-                    result.offsets.data(), workspace.data());
+                    num_local_experts, capacity, result.slot_to_row.data(),
+                    result.row_to_slot.data(), result.offsets.data(), workspace.data());
   return result;
 }
 
@@ -33,15 +34,34 @@ TEST(slots_are_ordered_by_local_expert_then_by_slot) {
   CHECK_EQUAL(result.slot_to_row, (Ints{2, 0, -1, 3, 1, -1}));
 }
 
+TEST(an_expert_keeps_its_first_slots_up_to_the_capacity) {
+  // Local expert 0 is chosen by slots 0, 1, 3, 4 and local expert 1 by slot 2.
+  const Ints ids = {0, 0, 1, 0, 0, -1}, expert_map = {0, 1};
+  const Result two = routed(ids, expert_map, 2, 2);
+  CHECK_EQUAL(two.offsets, (Ints{0, 2, 3}));
+  CHECK_EQUAL(two.row_to_slot, (Ints{0, 1, 2, -1, -1, -1}));
+  CHECK_EQUAL(two.slot_to_row, (Ints{0, 1, 2, -1, -1, -1}));
+  CHECK_EQUAL(routed(ids, expert_map, 2, 0).slot_to_row, Ints(6, -1));
+  CHECK_EQUAL(routed(ids, expert_map, 2, 0).offsets, (Ints{0, 0, 0}));
+  CHECK(routed(ids, expert_map, 2, 4) == routed(ids, expert_map, 2));
+  CHECK(routed(ids, expert_map, 2, int64_t{1} << 40) == routed(ids, expert_map, 2));
+}
+
 TEST(random_ids_equal_the_reference) {
   const Ints expert_map = {1, -1, 2, -1, 0};
-  for (uint32_t seed = 0; seed < 20; ++seed) {
-    const Ints ids = samples::random_ids(3 * seed, 5, seed);
-    Result expected = {Ints(ids.size()), Ints(ids.size()), Ints(4)};
-    fomoe::reference::route(ids.data(), static_cast<int64_t>(ids.size()), expert_map.data(), 3,
-                            expected.slot_to_row.data(), expected.row_to_slot.data(),
-                            expected.offsets.data());
-    CHECK(routed(ids, expert_map, 3) == expected);
+  for (int64_t capacity : {int64_t{0}, int64_t{1}, int64_t{3}, int64_t{8}, fomoe::kDropless}) {
+    for (uint32_t seed = 0; seed < 20; ++seed) {
+      const Ints ids = samples::random_ids(3 * seed, 5, seed);
+      Result expected = {Ints(ids.size()), Ints(ids.size()), Ints(4)};
+      fomoe::reference::route(ids.data(), static_cast<int64_t>(ids.size()), expert_map.data(), 3,
+                              capacity, expected.slot_to_row.data(), expected.row_to_slot.data(),
+                              expected.offsets.data());
+      const Result actual = routed(ids, expert_map, 3, capacity);
+      CHECK(actual == expected);
+      const int64_t num_tokens = static_cast<int64_t>(ids.size()) / 3;
+      CHECK(!fomoe::cpu::defect_of({actual.slot_to_row.data(), actual.row_to_slot.data(),
+                                    actual.offsets.data(), num_tokens, 3, 3}));
+    }
   }
 }
 

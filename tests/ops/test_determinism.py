@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from samples import Sample, gradient_like, leaf, name_of
+from samples import Sample, gradient_like, leaf, name_of, sum_dtype
 
 from fomoe import ops
 
@@ -30,12 +30,27 @@ def outputs_and_gradients(function, *inputs):
     return [*outputs, *(tensor.grad for tensor in inputs)]
 
 
+def restricted_gate(logits):
+    return ops.topk_gate(
+        logits,
+        4,
+        score="sigmoid",
+        bias=SAMPLE.random(16, seed=7, dtype=sum_dtype(logits.dtype)),
+        resident=SAMPLE.expert_map() >= 0,
+        num_groups=4,
+        top_k_groups=2,
+        group_score="top2_sum",
+        renormalize=True,
+    )
+
+
 def gate_permute_combine(dtype):
     routing = SAMPLE.routing()
     return [
         *outputs_and_gradients(
             lambda logits: ops.topk_gate(logits, 4, score="sigmoid"), SAMPLE.logits(dtype)
         ),
+        *outputs_and_gradients(restricted_gate, SAMPLE.logits(dtype)),
         *outputs_and_gradients(lambda x: ops.permute(x, routing), SAMPLE.x(dtype)),
         *outputs_and_gradients(
             lambda rows, weights: ops.combine(rows, weights, routing),
@@ -43,6 +58,7 @@ def gate_permute_combine(dtype):
             SAMPLE.weights(dtype),
         ),
         *ops.route(SAMPLE.ids(), SAMPLE.expert_map(), SAMPLE.num_local_experts),
+        *ops.route(SAMPLE.ids(), SAMPLE.expert_map(), SAMPLE.num_local_experts, capacity=100),
     ]
 
 

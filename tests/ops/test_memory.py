@@ -14,6 +14,7 @@ from fomoe import ops
 
 SAMPLE = Sample(name="tiny", tokens=3, experts=4, top_k=2, dim=4, expert_dim=2, residents=(1, 3))
 IDS, EXPERT_MAP, ROUTING = SAMPLE.ids(), SAMPLE.expert_map(), SAMPLE.routing()
+BIAS, RESIDENT = torch.zeros(4), EXPERT_MAP >= 0
 DTYPE = torch.float32
 
 STEPS = {
@@ -21,7 +22,12 @@ STEPS = {
         lambda logits: ops.topk_gate(logits, 2, score="sigmoid").weights,
         [SAMPLE.logits(DTYPE)],
     ),
+    "topk_gate with a bias and a mask": (
+        lambda logits: ops.topk_gate(logits, 2, bias=BIAS, resident=RESIDENT).weights,
+        [SAMPLE.logits(DTYPE)],
+    ),
     "route": (lambda: ops.route(IDS, EXPERT_MAP, 2).offsets, []),
+    "route with a capacity": (lambda: ops.route(IDS, EXPERT_MAP, 2, capacity=1).offsets, []),
     "permute": (lambda x: ops.permute(x, ROUTING), [SAMPLE.x(DTYPE)]),
     "combine": (
         lambda rows, weights: ops.combine(rows, weights, ROUTING),
@@ -99,7 +105,7 @@ class CalledOps(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("op", [op for op in STEPS if op != "route"])
+@pytest.mark.parametrize("op", [op for op in STEPS if not op.startswith("route")])
 def test_the_backward_is_one_op_per_gradient_and_fills_no_zeros(op):
     function, inputs = STEPS[op]
     inputs = [leaf(tensor) for tensor in inputs]

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """route against hand-worked ids and the reference."""
 
+import math
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from samples import SAMPLES, name_of
 
 from fomoe import ops, reference
@@ -20,12 +25,79 @@ def test_slots_are_ordered_by_local_expert_then_by_slot():
     assert routing.slot_to_row.tolist() == [[2, 0], [-1, 3], [1, -1]]
 
 
+def test_an_expert_keeps_the_slots_of_its_earliest_tokens():
+    # Expert 0 is chosen by slots 0, 3, 5, expert 1 by slots 1, 2, 4.
+    ids, expert_map = int32([[0, 1], [1, 0], [1, 0]]), int32([0, 1])
+    routing = ops.route(ids, expert_map, 2, capacity=2)
+    assert routing.offsets.tolist() == [0, 2, 4]
+    assert routing.row_to_slot.tolist() == [0, 3, 1, 2, -1, -1]
+    assert routing.slot_to_row.tolist() == [[0, 2], [3, 1], [-1, -1]]
+
+
+def test_a_capacity_of_zero_drops_every_slot():
+    routing = ops.route(int32([[0, 1]]), int32([0, 1]), 2, capacity=0)
+    assert routing.offsets.tolist() == [0, 0, 0]
+    assert routing.row_to_slot.tolist() == [-1, -1]
+    assert routing.slot_to_row.tolist() == [[-1, -1]]
+
+
+@pytest.mark.parametrize("capacity", [None, 0, 1, 4, 2**40], ids=lambda c: f"capacity {c}")
 @pytest.mark.parametrize("sample", SAMPLES, ids=name_of)
-def test_routing_equals_the_reference(sample):
+def test_routing_equals_the_reference(sample, capacity):
     arguments = sample.ids(), sample.expert_map(), sample.num_local_experts
-    for actual, expected in zip(ops.route(*arguments), reference.route(*arguments), strict=True):
+    routings = [route(*arguments, capacity=capacity) for route in (ops.route, reference.route)]
+    for actual, expected in zip(*routings, strict=True):
         assert actual.dtype == torch.int32
         assert torch.equal(actual, expected)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(st.data())
+def test_every_slot_is_executed_a_ghost_or_a_drop(data):
+    num_experts, top_k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
+    local = data.draw(st.lists(st.integers(0, num_experts - 1), unique=True))
+    expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
+    expert_map[local] = torch.arange(len(local), dtype=torch.int32)
+    row = st.lists(st.integers(-1, num_experts - 1), min_size=top_k, max_size=top_k)
+    ids = int32(data.draw(st.lists(row, max_size=8))).reshape(-1, top_k)
+    capacity = data.draw(st.integers(0, 5))
+
+    routing = ops.route(ids, expert_map, len(local), capacity=capacity)
+
+    offsets = routing.offsets.tolist()
+    sizes = [end - begin for begin, end in pairwise(offsets)]
+    chosen = [int((ids == expert).sum()) for expert in local]
+    assert sizes == [min(number, capacity) for number in chosen]
+    ghosts = ids.numel() - sum(chosen)
+    drops = sum(max(number - capacity, 0) for number in chosen)
+    assert offsets[-1] + ghosts + drops == ids.numel()
+    # The two maps are inverse to each other.
+    slots, rows = routing.slot_to_row.flatten().tolist(), routing.row_to_slot.tolist()
+    assert [slots[slot] for slot in rows[: offsets[-1]]] == list(range(offsets[-1]))
+    assert rows[offsets[-1] :] == [-1] * (ids.numel() - offsets[-1])
+    assert sum(row >= 0 for row in slots) == offsets[-1]
+    # Within an expert the slots ascend, and no drop comes before a kept slot.
+    for expert, (begin, end) in zip(local, pairwise(offsets), strict=True):
+        mine = (ids.flatten() == expert).nonzero().flatten().tolist()
+        assert rows[begin:end] == mine[:capacity]
+
+
+def test_a_capacity_that_follows_the_tokens_compiles_once():
+    def route(ids, expert_map):
+        capacity = math.ceil(0.5 * ids.shape[0] * ids.shape[1] / 4)
+        return ops.route(ids, expert_map, 4, capacity=capacity)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager", dynamic=True)
+    expert_map = torch.arange(4, dtype=torch.int32)
+    for tokens in (7, 9, 40):
+        ids = torch.randint(4, (tokens, 2), generator=torch.Generator().manual_seed(tokens))
+        ids = ids.to(torch.int32)
+        with torch._dynamo.config.patch(error_on_recompile=tokens != 7):
+            actual, expected = compiled(ids, expert_map), route(ids, expert_map)
+        assert (expected.slot_to_row == -1).any()
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_an_id_outside_the_experts_is_named_with_its_place():
@@ -55,3 +127,5 @@ def test_wrong_types_and_shapes_are_named():
         ops.route(int32([0, 0]), int32([0]), 1)
     with pytest.raises(RuntimeError, match="num_local_experts must be at least 0, got -1"):
         ops.route(int32([[0]]), int32([-1]), -1)
+    with pytest.raises(RuntimeError, match="fomoe::route: capacity must be at least 0, got -1"):
+        ops.route(int32([[0]]), int32([0]), 1, capacity=-1)

@@ -41,6 +41,25 @@ def test_all_tokens_on_one_expert_keep_their_order():
     assert routing.row_to_slot.tolist() == [0, 1, 2, 3]
 
 
+def test_an_expert_keeps_its_first_slots_up_to_the_capacity():
+    # Expert 0 is chosen by slots 0, 3, 5, expert 1 by slots 1, 2, 4.
+    ids, expert_map = int32([[0, 1], [1, 0], [1, 0]]), int32([0, 1])
+    routing = route(ids, expert_map, 2, capacity=2)
+    assert routing.offsets.tolist() == [0, 2, 4]
+    assert routing.row_to_slot.tolist() == [0, 3, 1, 2, -1, -1]
+    assert routing.slot_to_row.tolist() == [[0, 2], [3, 1], [-1, -1]]
+    nothing = route(ids, expert_map, 2, capacity=0)
+    assert nothing.offsets.tolist() == [0, 0, 0]
+    assert nothing.slot_to_row.eq(-1).all()
+    enough = route(ids, expert_map, 2, capacity=3)
+    assert all(torch.equal(a, b) for a, b in zip(enough, route(ids, expert_map, 2), strict=True))
+
+
+def test_a_negative_capacity_is_refused():
+    with pytest.raises(ValueError, match="capacity must be at least 0, got -1"):
+        route(int32([[0]]), int32([0]), 1, capacity=-1)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_without_resident_experts_every_slot_is_a_ghost(num_tokens):
     routing = route(torch.zeros(num_tokens, 2, dtype=torch.int32), int32([-1, -1]), 0)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The selection score of the router and its order, defined once for every device: whatever decides
 // which experts are chosen is spelled out here in single IEEE operations, so that ids are the same
-// to the bit everywhere.
+// to the bit everywhere. Device code compiles it with --expt-relaxed-constexpr, for std::bit_cast.
 //
 // Experts are compared through integers, so that their order is total: the larger score is better,
 // equal scores go to the lower index; -0 equals +0, and NaN ranks below every number, -inf
@@ -69,7 +69,7 @@ struct SigmoidSteps<double> {
   static constexpr double kLog2 = 0x1.62e42fefa39efp-1, kLog2Rest = 0x1.abc9e3b39803fp-56;
 };
 
-/// 1 / (1 + exp(-x)) to 2 units in the last place; 0 for x < -kLimit and 1 for large x, both
+/// 1 / (1 + exp(-x)) to 2.5 units in the last place; 0 for x < -kLimit and 1 for large x, both
 /// exactly, NaN for NaN. No step is subnormal, so that flushing them to zero changes nothing.
 template <typename Real>
 FOMOE_HOST_DEVICE FOMOE_INLINE Real sigmoid(Real x) {

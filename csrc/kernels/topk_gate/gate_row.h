@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 
 #include "eligible.h"
 #include "fomoe/dtype.h"
@@ -17,11 +18,12 @@ namespace fomoe::cpu {
 /// The eligible logits of a token widened, and what the scores need of them; indexed by position.
 template <typename Real>
 struct GateRow {
-  Real logits[kMaxExperts];
+  const Real* logits;
   Real softmax[kMaxExperts];
   Real sigmoid[kMaxExperts];  // only with GateScore::kSigmoid
   Real logsumexp;
   Real sigmoid_sum;  // 1 instead of 0, so that the shares of zeros are zeros
+  Real gathered[kMaxExperts];
 };
 
 template <typename Real>
@@ -39,9 +41,14 @@ FOMOE_INLINE Real largest(const Real* values, int64_t count) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-/// The values at the positions of eligible experts, of an array over all experts.
+/// The widened values at the positions of eligible experts, of an array over all experts: the array
+/// itself or a copy in `gathered`.
 template <typename Real, typename T>
-FOMOE_INLINE void gather_eligible(const Eligible& eligible, const T* values, Real* gathered) {
+FOMOE_INLINE const Real* gather_eligible(const Eligible& eligible, const T* values,
+                                         Real* gathered) {
+  if constexpr (std::is_same_v<T, Real>) {
+    if (eligible.is_all) return values;
+  }
   if (eligible.is_all) {
     for (int64_t i = 0; i < eligible.count; ++i) gathered[i] = to_accumulate(values[i]);
   } else {
@@ -49,6 +56,7 @@ FOMOE_INLINE void gather_eligible(const Eligible& eligible, const T* values, Rea
       gathered[i] = to_accumulate(values[eligible.experts[i]]);
     }
   }
+  return gathered;
 }
 
 /// There must be an eligible expert.
@@ -57,23 +65,24 @@ FOMOE_INLINE void fill_gate_row(const Gate& gate, const Eligible& eligible, cons
                                 GateRow<Accumulate<T>>& row) {
   using Real = Accumulate<T>;
   const int64_t count = eligible.count;
-  gather_eligible(eligible, logits, row.logits);
+  const Real* values = gather_eligible(eligible, logits, row.gathered);
+  row.logits = values;
 
   // NaN never is the largest, but reaches the sum and through it every probability. An infinite
   // largest logit makes the probabilities NaN, yet leaves the logsumexp that infinity.
-  const Real shift = largest(row.logits, count);
-  for (int64_t i = 0; i < count; ++i) row.softmax[i] = exponential(row.logits[i] - shift);
+  const Real shift = largest(values, count);
+  for (int64_t i = 0; i < count; ++i) row.softmax[i] = exponential(values[i] - shift);
   const Real sum = sum_of<Real>(count, [&](int64_t i) { return row.softmax[i]; });
   for (int64_t i = 0; i < count; ++i) row.softmax[i] /= sum;
   row.logsumexp = shift + std::log(sum);
   if (std::isinf(shift)) {
     const bool has_nan =
-        std::any_of(row.logits, row.logits + count, [](Real logit) { return std::isnan(logit); });
+        std::any_of(values, values + count, [](Real logit) { return std::isnan(logit); });
     if (!has_nan) row.logsumexp = shift;
   }
 
   if (gate.score == GateScore::kSigmoid) {
-    for (int64_t i = 0; i < count; ++i) row.sigmoid[i] = sigmoid(row.logits[i]);
+    for (int64_t i = 0; i < count; ++i) row.sigmoid[i] = sigmoid(values[i]);
     const Real total = sum_of<Real>(count, [&](int64_t i) { return row.sigmoid[i]; });
     row.sigmoid_sum = total == 0 ? Real(1) : total;
   }

@@ -14,9 +14,9 @@ namespace fomoe::cpu {
 constexpr int64_t kFewChoices = 32;  // up to this many, a vector pass per choice beats sorting
 
 template <typename Real>
-FOMOE_INLINE Rank<Real> best_rank(const Rank<Real>* ranks, int64_t begin, int64_t end) {
+FOMOE_INLINE Rank<Real> best_rank(const Rank<Real>* ranks, int64_t count) {
   Rank<Real> best = kNoRank<Real>;
-  for (int64_t i = begin; i < end; ++i) best = ranks[i] > best ? ranks[i] : best;
+  for (int64_t i = 0; i < count; ++i) best = ranks[i] > best ? ranks[i] : best;
   return best;
 }
 
@@ -28,23 +28,33 @@ FOMOE_INLINE void take_best(Rank<Real>* ranks, int64_t count, int64_t num_best, 
     for (int64_t k = 0; k < num_best; ++k) indices[k] = index_of<Real>(ranks[k]);
     return;
   }
+  // The best of each chunk, of which a choice changes one.
+  constexpr int64_t kChunk = 32;
+  Rank<Real> chunk_best[kMaxExperts / kChunk];
+  const int64_t num_chunks = (count + kChunk - 1) / kChunk;
+  const auto refresh = [&](int64_t chunk) __attribute__((always_inline)) {
+    const int64_t begin = chunk * kChunk;
+    chunk_best[chunk] = best_rank<Real>(ranks + begin, std::min(kChunk, count - begin));
+  };
+  for (int64_t chunk = 0; chunk < num_chunks; ++chunk) refresh(chunk);
   for (int64_t k = 0; k < num_best; ++k) {
-    indices[k] = index_of<Real>(best_rank<Real>(ranks, 0, count));
+    indices[k] = index_of<Real>(best_rank<Real>(chunk_best, num_chunks));
     ranks[indices[k]] = kNoRank<Real>;
+    refresh(indices[k] / kChunk);
   }
 }
 
-/// Rank of a group of at least one expert. The best expert's rank is restored.
+/// Rank of a group of at least one expert; leaves the experts' ranks as they were.
 template <typename Real>
 FOMOE_INLINE Rank<Real> group_rank(const Gate& gate, const Eligible& eligible, const Real* scores,
                                    Rank<Real>* ranks, int64_t group) {
-  const int64_t begin = eligible.group_begin[group], end = eligible.group_begin[group + 1];
-  const Rank<Real> best = best_rank<Real>(ranks, begin, end);
+  const int64_t begin = eligible.group_begin[group], size = eligible.group_begin[group + 1] - begin;
+  const Rank<Real> best = best_rank<Real>(ranks + begin, size);
   const int32_t position = index_of<Real>(best);
   Real score = scores[position];
-  if (gate.group_score == GroupScore::kTop2Sum && end - begin > 1) {
+  if (gate.group_score == GroupScore::kTop2Sum && size > 1) {
     ranks[position] = kNoRank<Real>;
-    score = score + scores[index_of<Real>(best_rank<Real>(ranks, begin, end))];
+    score = score + scores[index_of<Real>(best_rank<Real>(ranks + begin, size))];
     ranks[position] = best;
   }
   return rank_of(score, static_cast<int32_t>(group));

@@ -116,20 +116,18 @@ FOMOE_VECTORIZED void gate_backward(const Gate& gate, const Eligible& eligible, 
   const int64_t num_experts = gate.num_experts, top_k = gate.top_k, count = eligible.count;
   GateRow<Real> row;
   Choices<Real> choices;
-  Real d_prob_sum[kMaxExperts], d_values[kMaxExperts], d_logits[kMaxExperts];
-  if (gradient.prob_sum) {
-    gather_eligible(eligible, static_cast<const Real*>(gradient.prob_sum), d_prob_sum);
-  }
-  const Real* d_p = gradient.prob_sum ? d_prob_sum : nullptr;
+  Real gathered[kMaxExperts], d_values[kMaxExperts], d_logits[kMaxExperts];
+  const auto* d_prob_sum = static_cast<const Real*>(gradient.prob_sum);
+  if (d_prob_sum) d_prob_sum = gather_eligible(eligible, d_prob_sum, gathered);
 
   for (int64_t t = begin; t < end; ++t) {
     fill_gate_row(gate, eligible, logits + t * num_experts, row);
     choices.gather(gate, eligible, ids + t * top_k, d_weights ? d_weights + t * top_k : nullptr);
     const Real z_factor = d_z_sum ? Real(2) * *d_z_sum * row.logsumexp : Real(0);
     if (gate.score == GateScore::kSigmoid) {
-      sigmoid_gradient(gate, count, row, choices, d_p, z_factor, d_logits);
+      sigmoid_gradient(gate, count, row, choices, d_prob_sum, z_factor, d_logits);
     } else {
-      softmax_gradient(gate, count, row, choices, d_p, z_factor, d_values, d_logits);
+      softmax_gradient(gate, count, row, choices, d_prob_sum, z_factor, d_values, d_logits);
     }
     write_gradient(gate, eligible, d_logits, grad_logits + t * num_experts);
   }

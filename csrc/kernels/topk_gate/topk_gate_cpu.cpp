@@ -50,8 +50,10 @@ FOMOE_INLINE void choose(const Gate& gate, const Eligible& eligible, const GateR
     ids[k] = eligible.experts[positions[k]];
     ++counts[positions[k]];
   }
-  std::fill(weights + num_choices, weights + gate.top_k, Real(0));
-  std::fill(ids + num_choices, ids + gate.top_k, -1);
+  for (int64_t k = num_choices; k < gate.top_k; ++k) {
+    weights[k] = 0;
+    ids[k] = -1;
+  }
 }
 
 template <typename T>
@@ -67,13 +69,13 @@ FOMOE_VECTORIZED void gate_block(const Gate& gate, const Eligible& eligible, con
   double z_sum = 0;
 
   GateRow<Real> row;
-  Real eligible_bias[kMaxExperts], scores[kMaxExperts];
+  Real gathered_bias[kMaxExperts], scores[kMaxExperts];
   int32_t positions[kMaxExperts];
-  if (bias) gather_eligible(eligible, bias, eligible_bias);
+  if (bias) bias = gather_eligible(eligible, bias, gathered_bias);
   const int64_t end = std::min(gate.num_tokens, (block + 1) * kTokensPerBlock);
   for (int64_t t = block * kTokensPerBlock; t < end; ++t) {
     fill_gate_row(gate, eligible, logits + t * num_experts, row);
-    const Real* chosen_by = scores_of(gate, eligible, row, bias ? eligible_bias : nullptr, scores);
+    const Real* chosen_by = scores_of(gate, eligible, row, bias, scores);
     choose(gate, eligible, row, chosen_by, positions, result.ids + t * gate.top_k,
            static_cast<Real*>(result.weights) + t * gate.top_k, counts);
     if (gate.score == GateScore::kSigmoid) {

@@ -68,7 +68,7 @@ def sigmoid_bits(x: Tensor) -> Tensor:
         exponential = _fused_multiply_add(exponential, r, constant(1 / math.factorial(power)))
     biased = exponent.nan_to_num().to(steps.bits) + steps.exponent_bias
     power_of_two = (biased << steps.mantissa_bits).view(x.dtype)
-    denominator = _fused_multiply_add(exponential, power_of_two, constant(1.0))
+    denominator = exponential * power_of_two + 1  # the product is exact
     return torch.where(x < -steps.limit, 0, 1 / denominator)
 
 
