@@ -13,7 +13,8 @@
 // time. So packing makes, of every two terms of a line (a row of a, a column of b), one 32-bit pair
 // and puts the same pair of all lines next to each other. A line whose terms are contiguous is
 // transposed in registers, 16 x 16 pairs at once; lines that are contiguous among each other are
-// interleaved. Missing lines and an odd last term are zero.
+// interleaved. Missing lines and an odd last term are zero. The instruction takes subnormal numbers
+// for zero.
 #include "gemm_bf16.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
