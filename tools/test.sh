@@ -52,6 +52,7 @@ stage c++ 180 cpp
 stage ops 180 tests tests/ops tests/reference tests/packaging
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage bench 60 tests tests/bench
+stage docs 30 tests tests/docs
 stage federation 180 tests tests/federation tests/examples
 
 say "Stage budgets"

@@ -11,23 +11,22 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from pages import DOCS, run
 from torch import Tensor, nn
-
-from fomoe import MoE, MoEConfig
-from fomoe.models.configurations import CONFIGURATIONS
-
-transformers = pytest.importorskip("transformers", minversion="5")
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe  # noqa: E402
-from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE  # noqa: E402
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP  # noqa: E402
-from transformers.models.mixtral.modeling_mixtral import (  # noqa: E402
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+from transformers.models.mixtral.modeling_mixtral import (
     MixtralSparseMoeBlock,
     load_balancing_loss_func,
 )
-from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock  # noqa: E402
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock  # noqa: E402
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock  # noqa: E402
+from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from fomoe import MoE, MoEConfig
+from fomoe.models.configurations import CONFIGURATIONS
 
 DIM, WIDTH = 16, 8
 

@@ -34,7 +34,7 @@ def combine(rows: Tensor, weights: Tensor | None, routing: Routing) -> Tensor:
     Raises
     ------
     RuntimeError
-        When a shape or dtype does not fit, or the routing points outside the rows; the message
+        When a shape or dtype does not fit, or the routing is not one that route makes; the message
         names op, argument, expected and got.
     """
     result: Tensor = torch.ops.fomoe.combine(rows, weights, *routing)

@@ -62,7 +62,8 @@ def expert_mlp(
     Raises
     ------
     RuntimeError
-        When a shape, dtype or setting does not fit; the message names op, argument, expected, got.
+        When a shape, dtype or setting does not fit, or the routing is not one that route makes; the
+        message names op, argument, expected, got.
     """
     code = code_of("expert_mlp", "activation", activation, ACTIVATIONS)
     keep_pre_activation = torch.is_grad_enabled() and any(

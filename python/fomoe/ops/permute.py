@@ -29,7 +29,8 @@ def permute(x: Tensor, routing: Routing) -> Tensor:
     Raises
     ------
     RuntimeError
-        When a shape or dtype does not fit; the message names op, argument, expected and got.
+        When a shape or dtype does not fit, or the routing is not one that route makes; the message
+        names op, argument, expected and got.
     """
     result: Tensor = torch.ops.fomoe.permute(x, *routing)
     return result

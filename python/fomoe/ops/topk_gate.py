@@ -61,8 +61,9 @@ def topk_gate(
     Parameters
     ----------
     logits : Tensor, (T, E), float64 | float32 | bfloat16 | float16
-        E up to 4096. Any strides; a non-contiguous input is copied. An eligible NaN or +inf logit
-        makes all softmax weights of its token NaN, or with ``score_after_top_k`` if it is chosen.
+        E up to 4096. Any strides; a non-contiguous input is copied. An eligible NaN or +inf logit,
+        or eligible logits that all are -inf, make all softmax weights of their token NaN; with
+        ``score_after_top_k`` only if the chosen logits are such.
     top_k : int
         1 <= top_k <= E; it may exceed the number of eligible experts.
     score : "softmax", "sigmoid" or "unit"
