@@ -15,7 +15,7 @@ Tensor dense_offsets(const char* op, const Tensor& offsets, int64_t num_rows) {
   const Tensor dense = torch::stable::contiguous(offsets);
   const char* defect =
       cpu::defect_of_offsets(values_of<int32_t>(dense), offsets.size(0) - 1, num_rows);
-  check(!defect, "fomoe::", op, ": ", defect ? defect : "", " (", num_rows, ")");
+  check(!defect, "fomoe::", op, ": ", defect ? defect : "", "; there are ", num_rows, " rows");
   return dense;
 }
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fomoe.ops._names import alternatives
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INT32 = (torch.int32,)
 
@@ -33,7 +35,7 @@ def check_tensor(
     legend: str,
 ) -> None:
     """Raise a RuntimeError unless dtype and shape fit; None in ``shape`` stands for any size."""
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    names = alternatives(str(dtype).removeprefix("torch.") for dtype in dtypes)
     check(
         tensor.dtype in dtypes,
         lambda: (
