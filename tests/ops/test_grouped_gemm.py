@@ -106,7 +106,7 @@ def test_shapes_that_do_not_fit_are_named():
     [
         ([1, 1, 1, 2], "begin with 0"),
         ([0, 2, 1, 2], "ascend"),
-        ([0, 1, 1, 4], r"end within the rows \(3\)"),
+        ([0, 1, 1, 4], r"end within the rows; there are 3 rows"),
     ],
 )
 def test_impossible_offsets_are_refused(offsets, defect):

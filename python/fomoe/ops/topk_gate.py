@@ -122,7 +122,9 @@ def _check_gate(op: str, logits: Tensor, resident: Tensor | None, top_k: int) ->
     num_experts = logits.shape[1]
     check(
         num_experts <= 4096,
-        lambda: f"fomoe::{op}: logits must have at most 4096 experts, got shape {tuple(logits.shape)}",
+        lambda: (
+            f"fomoe::{op}: logits must have at most 4096 experts, got shape {tuple(logits.shape)}"
+        ),
     )
     check(
         top_k >= 1 and top_k <= num_experts,
