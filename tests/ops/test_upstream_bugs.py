@@ -23,7 +23,7 @@ The kernels of tests/cpp run under AddressSanitizer and UBSan.
    test_expert_mlp::test_tokens_do_not_see_each_other
 7. Dropped by capacity (TE#2908): here::test_a_drop_is_a_choice_of_weight_zero,
    test_route::test_an_expert_keeps_the_slots_of_its_earliest_tokens
-8. Beyond 2^31 elements (TE#2908): tests/cpp/test_large.cpp,
+8. Beyond 2^31 elements (TE#2908): tests/cpp/test_address_space.cpp,
    test_route::test_more_slots_than_int32_counts_are_refused
 9. Odd widths (pytorch#172440): all samples,
    test_layouts::test_the_layout_of_the_tensors_changes_no_result
@@ -102,7 +102,7 @@ def test_the_table_names_tests_that_exist():
     for module, test in named:
         path = Path(__file__ if module == "here" else f"{Path(__file__).parent}/{module}.py")
         assert f"\ndef {test}(" in path.read_text(), test
-    assert (Path(__file__).parents[1] / "cpp" / "test_large.cpp").exists()
+    assert (Path(__file__).parents[1] / "cpp" / "test_address_space.cpp").exists()
 
 
 def test_a_layer_without_tokens_gives_zero_gradients():

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows beyond 2^31 elements, where 32-bit indices wrap (TE#2908). The kernels see the last two of
-// many rows: arrays are address space of which only the pages that are touched take memory, and
-// what lies before those rows is neither read nor written.
+// Rows beyond 2^31 elements, where 32-bit indices wrap (TE#2908), and operands that end where the
+// address space does.
 #include <sys/mman.h>
 
 #include <cstring>
@@ -11,7 +10,7 @@
 #include "fomoe/grouped_gemm.h"
 #include "fomoe/permute.h"
 #include "fomoe/rows.h"
-#include "harness.h"
+#include "samples.h"
 
 using fomoe::DType;
 
@@ -22,7 +21,8 @@ constexpr int64_t kWidth = 7168;
 constexpr int64_t kAllBytes = kLast * kWidth * 4;
 const fomoe::Gemm kGemm = fomoe::reference::gemm();
 
-/// Zeros.
+/// Zeros, of which only the pages that are touched take memory. So the kernels can be shown the
+/// last two of many rows, of which the others are neither read nor written.
 class AddressSpace {
  public:
   explicit AddressSpace(int64_t bytes)
@@ -145,4 +145,39 @@ TEST(expert_mlp_keeps_and_reads_far_rows) {
   CHECK(run(far, far_offsets, pre.row(0)) == expected);
   CHECK(values_of(pre.row(kLast - 2, pre_dim), 2 * pre_dim) ==
         values_of(near_pre.row(0), 2 * pre_dim));
+}
+
+TEST(a_product_reads_nothing_behind_its_operands) {
+  // Behind the operands lies a page that cannot be read. The sanitizer does not see what vector
+  // instructions of our own read.
+  constexpr int64_t kPage = 65536;  // a multiple of every system's
+  const DType bf16 = DType::kBFloat16;
+  AddressSpace a_pages(2 * kPage), b_pages(2 * kPage), bias_pages(2 * kPage);
+  const auto last = [](AddressSpace& pages, int64_t count, uint32_t seed) {
+    char* end = static_cast<char*>(pages.data()) + kPage;
+    CHECK(mprotect(end, kPage, PROT_NONE) == 0);
+    const samples::Array values(bf16, harness::random_values(count, seed));
+    return std::memcpy(end - 2 * count, values.data(), 2 * count);
+  };
+  std::vector<char> scratch(fomoe::cpu::kGemmScratchBytes);
+  for (int64_t rows : {5, 24, 37}) {
+    for (int64_t inner : {5, 32, 51}) {
+      for (int64_t cols : {5, 16, 49, 64}) {
+        for (int layout = 0; layout < 4; ++layout) {
+          const void* a = last(a_pages, rows * inner, 1);
+          const void* b = last(b_pages, inner * cols, 2);
+          const void* bias = last(bias_pages, cols, 3);
+          const fomoe::Matrix left = layout & 1 ? fomoe::Matrix{a, rows, inner, inner, 1}
+                                                : fomoe::Matrix{a, rows, inner, 1, rows};
+          const fomoe::Matrix right = layout & 2 ? fomoe::Matrix{b, inner, cols, cols, 1}
+                                                 : fomoe::Matrix{b, inner, cols, 1, inner};
+          samples::Array expected(bf16, rows * cols), actual(bf16, rows * cols);
+          kGemm(bf16, left, right, bias, {expected.data(), rows, cols});
+          fomoe::cpu::multiply(kGemm, bf16, left, right, bias, {actual.data(), rows, cols},
+                               scratch.data());
+          CHECK_ALL_CLOSE(actual.values(), expected.values(), 2 * samples::tolerance(bf16));
+        }
+      }
+    }
+  }
 }
