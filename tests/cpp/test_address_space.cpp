@@ -96,8 +96,9 @@ TEST(grouped_gemm_reads_and_writes_far_rows_and_a_far_expert) {
     fomoe::cpu::grouped_gemm(rows.data(), kLast, b, offsets.data(), kGemm, out.data(),
                              scratch.data());
     std::vector<float> expected(2 * cols, NAN);
-    kGemm(DType::kFloat32, {rows.row(kLast - 2, inner), 2, inner, inner, 1}, b[num_experts - 1],
-          nullptr, {expected.data(), 2, cols});
+    const fomoe::Matrix far = {weight.row(num_experts - 1, expert_stride), inner, cols, cols, 1};
+    kGemm(DType::kFloat32, {rows.row(kLast - 2, inner), 2, inner, inner, 1}, far, nullptr,
+          {expected.data(), 2, cols});
     for (int64_t i = 0; i < 2 * cols; ++i) {
       CHECK_CLOSE(out.row(kLast - 2, cols)[i], expected[i], 1e-3);
     }
