@@ -3,7 +3,7 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <new>
 #include <vector>
 
 #include "fomoe/dtype.h"
@@ -37,64 +37,81 @@ inline double tolerance(DType dtype) {
   return 0;
 }
 
-/// Elements of any dtype in memory of exactly their size, so that the sanitizer sees an overrun.
+/// Hands out memory that begins at a cache line.
+template <typename T>
+struct CacheLineAllocator {
+  using value_type = T;
+  CacheLineAllocator() = default;
+  template <typename U>
+  explicit CacheLineAllocator(const CacheLineAllocator<U>&) {}
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64}));
+  }
+  void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
+  bool operator==(const CacheLineAllocator&) const { return true; }
+};
+
+/// Elements of any dtype. They begin one element after a cache line, the worst alignment that a
+/// tensor can have, in memory that ends with them, so that the sanitizer sees an overrun.
 class Array {
  public:
   /// NaN everywhere: what a kernel leaves unwritten shows.
   Array(DType dtype, int64_t count) : Array(dtype, std::vector<double>(count, NAN)) {}
 
   Array(DType dtype, const std::vector<double>& values)
-      : dtype_(dtype), bytes_(values.size() * fomoe::size_of(dtype)) {
+      : dtype_(dtype), bytes_((1 + values.size()) * fomoe::size_of(dtype)) {
     fomoe::dispatch(dtype, [&](auto tag) {
       using T = decltype(tag);
-      for (size_t i = 0; i < values.size(); ++i) {
-        const T value = fomoe::from_accumulate<T>(static_cast<fomoe::Accumulate<T>>(values[i]));
-        std::memcpy(bytes_.data() + i * sizeof(T), &value, sizeof(T));
+      T* elements = static_cast<T*>(data());
+      for (const double value : values) {
+        *elements++ = fomoe::from_accumulate<T>(static_cast<fomoe::Accumulate<T>>(value));
       }
     });
   }
 
-  void* data() { return bytes_.data(); }
-  const void* data() const { return bytes_.data(); }
-  const std::vector<char>& bytes() const { return bytes_; }
+  void* data() { return bytes_.data() + fomoe::size_of(dtype_); }
+  const void* data() const { return bytes_.data() + fomoe::size_of(dtype_); }
+  const auto& bytes() const { return bytes_; }
 
   /// What the kernel sees, in double.
   std::vector<double> values() const {
-    std::vector<double> result(bytes_.size() / fomoe::size_of(dtype_));
+    std::vector<double> result(bytes_.size() / fomoe::size_of(dtype_) - 1);
     fomoe::dispatch(dtype_, [&](auto tag) {
-      using T = decltype(tag);
-      for (size_t i = 0; i < result.size(); ++i) {
-        T value;
-        std::memcpy(&value, bytes_.data() + i * sizeof(T), sizeof(T));
-        result[i] = fomoe::to_accumulate(value);
-      }
+      const auto* elements = static_cast<const decltype(tag)*>(data());
+      for (double& value : result) value = fomoe::to_accumulate(*elements++);
     });
     return result;
   }
 
  private:
   DType dtype_;
-  std::vector<char> bytes_;
+  std::vector<char, CacheLineAllocator<char>> bytes_;
 };
 
-/// A routing and the memory behind it.
+/// A routing and the memory behind it, whose indices begin one after a cache line.
 class OwnedRouting {
  public:
   OwnedRouting(const std::vector<int32_t>& ids, int64_t top_k,
                const std::vector<int32_t>& expert_map, int64_t num_local_experts)
-      : slot_to_row_(ids.size()), row_to_slot_(ids.size()), offsets_(num_local_experts + 1) {
+      : slot_to_row_(1 + ids.size()),
+        row_to_slot_(1 + ids.size()),
+        offsets_(1 + num_local_experts + 1) {
     const auto num_slots = static_cast<int64_t>(ids.size());
     fomoe::reference::route(ids.data(), num_slots, expert_map.data(), num_local_experts,
-                            fomoe::kDropless, slot_to_row_.data(), row_to_slot_.data(),
-                            offsets_.data());
-    view = {slot_to_row_.data(), row_to_slot_.data(), offsets_.data(), num_slots / top_k, top_k,
+                            fomoe::kDropless, slot_to_row_.data() + 1, row_to_slot_.data() + 1,
+                            offsets_.data() + 1);
+    view = {slot_to_row_.data() + 1,
+            row_to_slot_.data() + 1,
+            offsets_.data() + 1,
+            num_slots / top_k,
+            top_k,
             num_local_experts};
   }
 
   fomoe::Routing view;
 
  private:
-  std::vector<int32_t> slot_to_row_, row_to_slot_, offsets_;
+  std::vector<int32_t, CacheLineAllocator<int32_t>> slot_to_row_, row_to_slot_, offsets_;
 };
 
 /// Ids in [-1, num_experts).

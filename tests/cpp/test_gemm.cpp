@@ -2,6 +2,8 @@
 // cpu::multiply against three loops, whichever way it takes; the library is the three loops too.
 #include "fomoe/gemm.h"
 
+#include <array>
+
 #include "samples.h"
 
 using fomoe::DType;
@@ -18,6 +20,36 @@ struct Operand {
       : array(dtype, harness::random_values(rows * cols, seed)),
         view(by_rows ? Matrix{array.data(), rows, cols, cols, 1}
                      : Matrix{array.data(), rows, cols, 1, rows}) {}
+  Array array;
+  Matrix view;
+};
+
+constexpr int64_t kMargin = 67;  // elements, more than a vector
+constexpr std::array<int64_t, 3> kSizes[] = {{3, 21, 35}, {9, 3, 35}, {13, 37, 33}, {27, 70, 65}};
+
+/// rows x cols amid a larger matrix of NaN, with an odd stride.
+struct Window {
+  Window(DType dtype, int64_t rows, int64_t cols, bool by_rows, uint32_t seed)
+      : array(dtype, amid_nan(by_rows ? rows : cols, by_rows ? cols : rows, seed)) {
+    const int64_t stride = stride_of(by_rows ? cols : rows);
+    const void* first = static_cast<const char*>(array.data()) +
+                        (kMargin + stride * kLinesBefore) * fomoe::size_of(dtype);
+    view = by_rows ? Matrix{first, rows, cols, stride, 1} : Matrix{first, rows, cols, 1, stride};
+  }
+
+  static constexpr int64_t kLinesBefore = 2;
+  static int64_t stride_of(int64_t width) { return (2 * kMargin + width) | 1; }
+
+  static std::vector<double> amid_nan(int64_t lines, int64_t width, uint32_t seed) {
+    const int64_t stride = stride_of(width);
+    const std::vector<double> inside = harness::random_values(lines * width, seed);
+    std::vector<double> values((lines + 2 * kLinesBefore) * stride, NAN);
+    for (int64_t i = 0; i < lines * width; ++i) {
+      values[(kLinesBefore + i / width) * stride + kMargin + i % width] = inside[i];
+    }
+    return values;
+  }
+
   Array array;
   Matrix view;
 };
@@ -75,6 +107,28 @@ TEST(blocks_and_panels_join_at_their_borders) {
   check_product(DType::kBFloat16, 25, 1027, 65);
   check_product(DType::kBFloat16, 230, 2310, 31);
   check_product(DType::kBFloat16, 7, 20001, 3);
+}
+
+TEST(a_window_of_a_larger_matrix_is_a_matrix) {
+  // Rows and columns around the windows are NaN, and what lies around the result must stay.
+  for (DType dtype : samples::kAllDTypes) {
+    for (const auto& [rows, inner, cols] : kSizes) {
+      for (int layout = 0; layout < 4; ++layout) {
+        const Window a(dtype, rows, inner, layout & 1, 1), b(dtype, inner, cols, layout & 2, 2);
+        const Array bias(dtype, harness::random_values(cols, 3));
+        Array expected(dtype, rows * cols), larger(dtype, rows * cols + 2 * kMargin);
+        kLibrary(dtype, a.view, b.view, bias.data(), {expected.data(), rows, cols});
+        char* c = static_cast<char*>(larger.data()) + kMargin * fomoe::size_of(dtype);
+        multiply(kLibrary, dtype, a.view, b.view, bias.data(), {c, rows, cols});
+        std::vector<double> actual = larger.values();
+        for (int64_t i = 0; i < kMargin; ++i) {
+          CHECK(std::isnan(actual[i]) && std::isnan(actual[actual.size() - 1 - i]));
+        }
+        actual = {actual.begin() + kMargin, actual.end() - kMargin};
+        CHECK_ALL_CLOSE(actual, expected.values(), 2 * samples::tolerance(dtype));
+      }
+    }
+  }
 }
 
 TEST(few_rows_need_no_library) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fomoe/permute.h"
 
-#include "harness.h"
+#include "samples.h"
 
 using fomoe::DType;
 using fomoe::Routing;
@@ -23,22 +23,24 @@ TEST(rows_are_grouped_by_expert_and_the_tail_is_zero) {
   CHECK_EQUAL(rows, (std::vector<float>{1, 2, 1, 2, 3, 4, 0, 0}));
 }
 
-TEST(every_dtype_equals_the_reference) {
-  const int64_t width = 33;
-  const std::vector<double> x = harness::random_values(2 * width, 1);
-  std::vector<double> expected(4 * width), actual(4 * width, NAN);
-  fomoe::reference::permute(x.data(), kRouting, width, expected.data());
-  fomoe::cpu::permute(DType::kFloat64, x.data(), kRouting, width, actual.data());
-  CHECK_EQUAL(actual, expected);
-
-  std::vector<fomoe::BFloat16> x_bf16(2 * width), rows_bf16(4 * width);
-  for (size_t i = 0; i < x.size(); ++i) {
-    x_bf16[i] = fomoe::from_accumulate<fomoe::BFloat16>(static_cast<float>(x[i]));
+TEST(arrays_begin_one_element_after_a_cache_line) {
+  for (DType dtype : samples::kAllDTypes) {
+    const auto address = reinterpret_cast<uintptr_t>(samples::Array(dtype, 3).data());
+    CHECK_EQUAL(static_cast<int64_t>(address % 64), fomoe::size_of(dtype));
   }
-  fomoe::cpu::permute(DType::kBFloat16, x_bf16.data(), kRouting, width, rows_bf16.data());
-  for (size_t i = 0; i < expected.size(); ++i) {
-    const auto rounded = fomoe::from_accumulate<fomoe::BFloat16>(static_cast<float>(expected[i]));
-    CHECK_EQUAL(rows_bf16[i].bits, rounded.bits);
+}
+
+TEST(every_dtype_equals_the_reference) {
+  const samples::OwnedRouting routing = samples::random_routing(21, 3, 1);
+  for (DType dtype : samples::kAllDTypes) {
+    for (int64_t width : {1, 33}) {
+      const samples::Array x(dtype, harness::random_values(21 * width, 1));
+      std::vector<double> expected(63 * width);
+      fomoe::reference::permute(x.values().data(), routing.view, width, expected.data());
+      samples::Array rows(dtype, 63 * width);
+      fomoe::cpu::permute(dtype, x.data(), routing.view, width, rows.data());
+      CHECK_EQUAL(rows.values(), expected);
+    }
   }
 }
 

@@ -2,12 +2,9 @@
 """route against hand-worked ids and the reference."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from samples import SAMPLES, name_of
 
 from fomoe import ops, reference
@@ -49,37 +46,6 @@ def test_routing_equals_the_reference(sample, capacity):
     for actual, expected in zip(*routings, strict=True):
         assert actual.dtype == torch.int32
         assert torch.equal(actual, expected)
-
-
-@settings(deadline=None, derandomize=True, max_examples=60)
-@given(st.data())
-def test_every_slot_is_executed_a_ghost_or_a_drop(data):
-    num_experts, top_k = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
-    local = data.draw(st.lists(st.integers(0, num_experts - 1), unique=True))
-    expert_map = torch.full((num_experts,), -1, dtype=torch.int32)
-    expert_map[local] = torch.arange(len(local), dtype=torch.int32)
-    row = st.lists(st.integers(-1, num_experts - 1), min_size=top_k, max_size=top_k)
-    ids = int32(data.draw(st.lists(row, max_size=8))).reshape(-1, top_k)
-    capacity = data.draw(st.integers(0, 5))
-
-    routing = ops.route(ids, expert_map, len(local), capacity=capacity)
-
-    offsets = routing.offsets.tolist()
-    sizes = [end - begin for begin, end in pairwise(offsets)]
-    chosen = [int((ids == expert).sum()) for expert in local]
-    assert sizes == [min(number, capacity) for number in chosen]
-    ghosts = ids.numel() - sum(chosen)
-    drops = sum(max(number - capacity, 0) for number in chosen)
-    assert offsets[-1] + ghosts + drops == ids.numel()
-    # The two maps are inverse to each other.
-    slots, rows = routing.slot_to_row.flatten().tolist(), routing.row_to_slot.tolist()
-    assert [slots[slot] for slot in rows[: offsets[-1]]] == list(range(offsets[-1]))
-    assert rows[offsets[-1] :] == [-1] * (ids.numel() - offsets[-1])
-    assert sum(row >= 0 for row in slots) == offsets[-1]
-    # Within an expert the slots ascend, and no drop comes before a kept slot.
-    for expert, (begin, end) in zip(local, pairwise(offsets), strict=True):
-        mine = (ids.flatten() == expert).nonzero().flatten().tolist()
-        assert rows[begin:end] == mine[:capacity]
 
 
 def test_a_capacity_that_follows_the_tokens_compiles_once():
