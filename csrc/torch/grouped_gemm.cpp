@@ -24,6 +24,7 @@ Tensor dense_offsets(const char* op, const Tensor& offsets, int64_t num_rows) {
 Tensor grouped_gemm_cpu(const Tensor& rows, const Tensor& weight, const Tensor& offsets,
                         bool transpose_weight) {
   const char* op = "grouped_gemm";
+  adopt_num_threads();
   float_dtype(op, "rows", rows);
   check_shape(op, "rows", rows, {-1, -1}, "(R, Kd)");
   check_dtype(op, "weight", weight, rows.scalar_type());
@@ -45,6 +46,7 @@ Tensor grouped_gemm_cpu(const Tensor& rows, const Tensor& weight, const Tensor& 
 
 Tensor grouped_gemm_wgrad_cpu(const Tensor& left, const Tensor& right, const Tensor& offsets) {
   const char* op = "grouped_gemm_wgrad";
+  adopt_num_threads();
   const DType dtype = float_dtype(op, "left", left);
   check_shape(op, "left", left, {-1, -1}, "(R, M)");
   check_dtype(op, "right", right, left.scalar_type());

@@ -137,13 +137,25 @@ def test_sizes_and_settings_that_do_not_fit_get_the_message_of_the_cpu(op, chang
             getattr(OPS, op)(**arguments)
 
 
-def test_unknown_codes_of_choices_are_refused():
-    message = r"score must be 0 \(softmax\), 1 \(sigmoid\) or 2 \(unit\), got 3"
-    with pytest.raises(RuntimeError, match=message):
-        OPS.topk_gate(**CALLS["topk_gate"] | {"score": 3})
-    message = r"group_score must be 0 \(max\) or 1 \(top2_sum\), got 2"
-    with pytest.raises(RuntimeError, match=message):
-        OPS.topk_gate(**CALLS["topk_gate"] | {"group_score": 2})
-    message = r"activation must be 0 \(swiglu\), 1 \(silu\) or 2 \(swiglu_clamped\), got -1"
-    with pytest.raises(RuntimeError, match=message):
-        OPS.expert_mlp(**CALLS["expert_mlp"] | {"activation": -1})
+@pytest.mark.parametrize(
+    ("op", "argument", "code", "message"),
+    [
+        ("topk_gate", "score", 3, r"0 \(softmax\), 1 \(sigmoid\) or 2 \(unit\), got 3"),
+        ("topk_gate_backward", "score", -1, r"0 \(softmax\), 1 \(sigmoid\) or 2 \(unit\), got -1"),
+        ("topk_gate", "group_score", 2, r"0 \(max\) or 1 \(top2_sum\), got 2"),
+        ("expert_mlp", "activation", 3, r"0 \(swiglu\), 1 \(silu\) or 2 \(swiglu_clamped\), got 3"),
+        ("expert_mlp_backward", "activation", -1, r"0 \(swiglu\), 1 .*, got -1"),
+    ],
+)
+def test_unknown_codes_of_choices_are_refused_on_both_devices(op, argument, code, message):
+    for arguments in (CALLS[op] | {argument: code}, on_meta(CALLS[op] | {argument: code})):
+        with pytest.raises(RuntimeError, match=f"fomoe::{op}: {argument} must be {message}"):
+            getattr(OPS, op)(**arguments)
+
+
+def test_experts_without_a_width_are_refused_on_both_devices():
+    arguments = CALLS["expert_mlp"] | {"w1": torch.zeros(3, 0, 17), "w2": torch.zeros(3, 17, 0)}
+    arguments |= {"b1": None, "b2": None}
+    for call in (arguments, on_meta(arguments)):
+        with pytest.raises(RuntimeError, match="expert_mlp: D and F must be at least 1, got w2"):
+            OPS.expert_mlp(**call)

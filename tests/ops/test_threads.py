@@ -25,6 +25,8 @@ routing = ops.route(gate.ids, torch.arange(experts, dtype=torch.int32), experts)
 weights = gate.weights.detach().requires_grad_()
 rows = ops.permute(x, routing).detach().requires_grad_()
 y = ops.combine(rows, weights, routing)
+few, wide = torch.randn(2, 2048), torch.randn(1, 2048, 2048)
+two_rows = torch.tensor([0, 2], dtype=torch.int32)
 mlp = ops.expert_mlp(x, weights, w1, w2, routing)
 cases = {
     "topk_gate": lambda: ops.topk_gate(logits, top_k),
@@ -32,6 +34,9 @@ cases = {
     "permute": lambda: ops.permute(x, routing),
     "combine": lambda: ops.combine(rows, weights, routing),
     "combine_backward": lambda: torch.autograd.grad(y, [rows, weights], x.detach()),
+    # Few rows: a product that torch has no part in.
+    "grouped_gemm": lambda: ops.grouped_gemm(few, wide, two_rows),
+    "grouped_gemm_wgrad": lambda: torch.ops.fomoe.grouped_gemm_wgrad(few, few, two_rows),
     "expert_mlp": lambda: ops.expert_mlp(x, weights, w1, w2, routing),
     "expert_mlp_backward": lambda: torch.autograd.grad(mlp, [x, weights, w1, w2], x.detach()),
 }
@@ -59,4 +64,4 @@ def test_set_num_threads_holds_on_a_second_python_thread():
     )
     started = dict(line.split() for line in result.stdout.splitlines())
     assert started == dict.fromkeys(started, "0")
-    assert len(started) == 7
+    assert len(started) == 9

@@ -264,3 +264,14 @@ def test_the_only_expert_is_always_chosen(score):
     assert gate.ids.tolist() == [[0]] * 3
     assert gate.weights.tolist() == [[1.0]] * 3
     assert gate.prob_sum.tolist() == [3.0]
+
+
+def test_a_slot_without_an_expert_weighs_nothing_next_to_nan():
+    # One eligible expert of three, with a NaN logit: its own weight is NaN, the missing ones are 0.
+    logits, resident = torch.tensor([[math.nan, 1.0, 2.0]]), torch.tensor([True, False, False])
+    for topk_gate in (ops.topk_gate, reference.topk_gate):
+        for score in ("softmax", "sigmoid"):
+            gate = topk_gate(logits, 3, score=score, resident=resident, renormalize=True)
+            assert gate.ids.tolist() == [[0, -1, -1]]
+            assert gate.weights[0, 0].isnan()
+            assert gate.weights[0, 1:].tolist() == [0, 0]

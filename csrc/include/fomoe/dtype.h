@@ -40,10 +40,11 @@ struct Float16 {
 inline float to_accumulate(Float16 value) {
   const uint32_t magnitude = (value.bits & 0x7fffu) << 13;
   const uint32_t sign = (value.bits & 0x8000u) << 16;
-  // Exponents differ by 112; the product also turns subnormals into normal numbers.
-  const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t special = magnitude | 0x7f800000u;  // infinity and NaN keep their payload
-  const uint32_t word = magnitude >= 0x0f800000u ? special : std::bit_cast<uint32_t>(scaled);
+  // No step is subnormal in float32, so that flushing those to zero changes nothing.
+  const float subnormal = std::bit_cast<float>(magnitude + (113u << 23)) - 0x1p-14f;
+  const uint32_t is_special = magnitude >= 0x0f800000u;  // infinity and NaN keep their payload
+  const uint32_t normal = magnitude + ((is_special ? 224u : 112u) << 23);
+  const uint32_t word = magnitude < 0x00800000u ? std::bit_cast<uint32_t>(subnormal) : normal;
   return std::bit_cast<float>(word | sign);
 }
 inline float to_accumulate(float value) { return value; }

@@ -77,6 +77,15 @@ def check_routing(
     return num_tokens, top_k, num_local_experts
 
 
+def check_code(op: str, argument: str, code: int, codes: Mapping[str, int]) -> None:
+    """Raise a RuntimeError unless ``code`` is one of ``codes``."""
+    expected = alternatives(f"{value} ({name})" for name, value in codes.items())
+    check(
+        code in codes.values(),
+        lambda: f"fomoe::{op}: {argument} must be {expected}, got {code}",
+    )
+
+
 def check_offsets(op: str, offsets: Tensor) -> int:
     """Check dtype and shape of offsets; returns E_local."""
     check_tensor(op, "offsets", offsets, INT32, (None,), "(E_local + 1,)")

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
-from fomoe.ops._checks import FLOATS, check_devices, check_routing, check_tensor, sum_dtype
+from fomoe.ops._checks import (
+    FLOATS,
+    check,
+    check_code,
+    check_devices,
+    check_routing,
+    check_tensor,
+    sum_dtype,
+)
 from fomoe.ops._names import ACTIVATIONS, code_of
 from fomoe.ops.types import Routing
 
@@ -89,6 +97,7 @@ def _check_layer(
     assert weights is not None
     assert w1 is not None
     assert w2 is not None
+    check_code(op, "activation", activation, ACTIVATIONS)
     num_tokens, top_k, num_local_experts = check_routing(op, *routing)
     check_tensor(op, "x", x, FLOATS, (num_tokens, None), "(T, D)")
     check_tensor(op, "weights", weights, (sum_dtype(x.dtype),), (num_tokens, top_k), "(T, K)")
@@ -98,6 +107,10 @@ def _check_layer(
         width, letters = w2.shape[2], "F"
     else:
         width, letters = 2 * w2.shape[2], "2*F"
+    check(
+        dim > 0 and w2.shape[2] > 0,
+        lambda: f"fomoe::{op}: D and F must be at least 1, got w2 of shape {tuple(w2.shape)}",
+    )
     shape = (num_local_experts, width, dim)
     check_tensor(op, "w1", w1, (x.dtype,), shape, f"(E_local, {letters}, D)")
     for name, size, legend in (("b1", width, letters), ("b2", dim, "D")):

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from fomoe.ops._autograd import refuse_double_backward
-from fomoe.ops._checks import FLOATS, INT32, check, check_devices, check_tensor, sum_dtype
+from fomoe.ops._checks import (
+    FLOATS,
+    INT32,
+    check,
+    check_code,
+    check_devices,
+    check_tensor,
+    sum_dtype,
+)
 from fomoe.ops._names import GATE_SCORES, GROUP_SCORES, code_of
 from fomoe.ops.types import GateOutput
 
@@ -117,7 +125,8 @@ def topk_gate(
     return GateOutput(ids, weights, counts, prob_sum, z_sum)
 
 
-def _check_gate(op: str, logits: Tensor, resident: Tensor | None, top_k: int) -> None:
+def _check_gate(op: str, logits: Tensor, resident: Tensor | None, top_k: int, score: int) -> None:
+    check_code(op, "score", score, GATE_SCORES)
     check_tensor(op, "logits", logits, FLOATS, (None, None), "(T, E)")
     num_experts = logits.shape[1]
     check(
@@ -170,7 +179,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     op = "topk_gate"
     check_devices(op, {"logits": logits, "bias": bias, "resident": resident})
-    _check_gate(op, logits, resident, top_k)
+    _check_gate(op, logits, resident, top_k, score)
+    check_code(op, "group_score", group_score, GROUP_SCORES)
     num_tokens, num_experts = logits.shape
     _check_groups(num_experts, top_k, num_groups, top_k_groups)
     dtype = sum_dtype(logits.dtype)
@@ -207,7 +217,7 @@ def _fake_backward(
     tensors = {name: gradient for name, (gradient, _, _) in gradients.items()}
     check_devices(op, {"logits": logits, "resident": resident, "ids": ids, **tensors})
     check_tensor(op, "ids", ids, INT32, (logits.shape[0], None), "(T, K)")
-    _check_gate(op, logits, resident, ids.shape[1])
+    _check_gate(op, logits, resident, ids.shape[1], score)
     for name, (gradient, shape, legend) in gradients.items():
         if gradient is not None:
             check_tensor(op, name, gradient, (sum_dtype(logits.dtype),), shape, legend)

@@ -95,7 +95,9 @@ def _weigh(
     else:
         weights = probabilities.gather(1, order)
     weights = torch.where(is_choice, weights, 0)
-    return _shares(weights) if renormalize else weights, probabilities
+    if renormalize:  # NaN among the choices makes their shares NaN, and no others
+        weights = torch.where(is_choice, _shares(weights), 0)
+    return weights, probabilities
 
 
 def _shares(values: Tensor) -> Tensor:
