@@ -8,7 +8,9 @@ import torch
 
 from fomoe.bench.agreement import check_agreement
 from fomoe.bench.baselines import HUGGING_FACE, build_contenders
+from fomoe.bench.layer import Batch, _prepare_forward, _prepare_training
 from fomoe.bench.shapes import Shape
+from fomoe.errors import UserError
 
 SHAPE = Shape(tokens=8, dim=24, expert_dim=16, num_experts=8, top_k=2)
 WIDE = Shape(tokens=8, dim=16, expert_dim=32, num_experts=4, top_k=4)
@@ -36,7 +38,7 @@ def test_a_contender_with_other_weights_is_named(name: str):
     contenders = build_contenders(SHAPE, torch.float32)
     with torch.no_grad():
         contenders[name].parameters[2][3] *= 1.01
-    with pytest.raises(RuntimeError, match=rf"^{name} does not agree with the float64 reference"):
+    with pytest.raises(UserError, match=rf"^{name} is off the float64 reference by"):
         check_agreement(contenders, SHAPE.top_k)
 
 
@@ -44,10 +46,34 @@ def test_a_contender_that_gives_nan_is_named():
     contenders = build_contenders(SHAPE, torch.float32)
     with torch.no_grad():
         contenders["torch"].parameters[1][0] = torch.nan
-    with pytest.raises(RuntimeError, match=r"^torch does not agree"):
+    with pytest.raises(UserError, match=r"^torch is off the float64 reference by"):
         check_agreement(contenders, SHAPE.top_k)
 
 
 def test_without_transformers_the_others_remain(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert list(build_contenders(SHAPE, torch.float32)) == ["fomoe", "torch"]
+
+
+@pytest.mark.parametrize(
+    ("name", "calls"), [("torch", 2), ("hf_grouped_mm", 2), ("hf_eager", 0), ("fomoe", 0)]
+)
+def test_a_contender_computes_the_way_its_name_says(name: str, calls: int):
+    contender = build_contenders(SHAPE, torch.float32)[name]
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        contender.forward(torch.randn(SHAPE.tokens, SHAPE.dim))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.get("aten::_grouped_mm", 0) == calls
+
+
+def test_a_forward_keeps_no_graph_and_a_training_step_begins_without_gradients():
+    batch = Batch(*torch.randn(2, SHAPE.tokens, SHAPE.dim).unbind())
+    for contender in build_contenders(SHAPE, torch.float32).values():
+        output = _prepare_forward(contender)(batch)()
+        assert isinstance(output, torch.Tensor)
+        assert not output.requires_grad
+        for _ in range(2):
+            call = _prepare_training(contender)(batch)
+            assert all(parameter.grad is None for parameter in contender.parameters)
+            call()
+            assert all(parameter.grad is not None for parameter in contender.parameters)

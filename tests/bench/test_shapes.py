@@ -16,7 +16,7 @@ def test_a_shape_is_read_from_its_text_and_printed_as_it_was():
 
 def test_without_shapes_the_five_standard_ones_are_measured():
     assert parse_shapes([]) == SHAPES
-    assert parse_shapes(["1,2,3,4,2"]) == (Shape(1, 2, 3, 4, 2),)
+    assert parse_shapes(["1,8,16,4,2", "1,8,16,4,2"]) == (Shape(1, 8, 16, 4, 2),)
 
 
 @pytest.mark.parametrize("text", ["", "1,2,3,4", "1,2,3,4,2,6", "1,2,x,4,2", "0,2,3,4,2"])
@@ -29,6 +29,12 @@ def test_what_is_no_shape_is_named(text: str):
 @pytest.mark.parametrize("text", ["1,2,3,4,5", "1,2,3,5000,5"])
 def test_more_choices_than_experts_or_too_many_experts_are_refused(text: str):
     with pytest.raises(UserError, match="expected K <= E <= 4096, got"):
+        parse_shape(text)
+
+
+@pytest.mark.parametrize("text", ["4,3,8,7,2", "4,8,5,7,2"])
+def test_widths_that_not_all_contenders_take_are_refused(text: str):
+    with pytest.raises(UserError, match="expected D and F in multiples of 8"):
         parse_shape(text)
 
 

@@ -126,6 +126,14 @@ def test_the_bias_is_state_and_the_counts_are_not():
     assert "load_balancer.bias" not in telling_layer().state_dict()
 
 
+def test_a_bias_assigned_from_a_checkpoint_in_another_dtype_is_float32_again():
+    moe, state = layer(), layer().bfloat16().state_dict()
+    state["load_balancer.bias"] = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.bfloat16)
+    moe.load_state_dict(state, assign=True)
+    assert moe.load_balancer.bias.dtype == torch.float32
+    assert biases(moe) == [1, 2, 3, 4]
+
+
 def test_a_layer_built_on_meta_has_its_buffers_once_initialised():
     with torch.device("meta"):
         moe = MoE(MoEConfig(dim=4, expert_dim=1, num_experts=4, top_k=1, bias_update_rate=RATE))

@@ -4,6 +4,7 @@
 import copy
 import io
 
+import numpy
 import pytest
 import torch
 from dense_loop import dense_loop
@@ -186,3 +187,18 @@ def test_input_of_another_width_is_refused(shape):
 def test_input_of_another_dtype_is_refused():
     with pytest.raises(ValueError, match=r"weights' dtype torch.float64, got torch.float32"):
         layer()(torch.zeros(3, DIM))
+
+
+@pytest.mark.parametrize("resident", [None, (1, 3)])
+def test_a_layer_made_on_meta_and_loaded_computes_the_same(resident):
+    moe, x = layer(resident), tokens(9)
+    with torch.device("meta"):
+        late = MoE(config(), resident).double()
+    late = late.to_empty(device="cpu")
+    late.load_state_dict(moe.state_dict())
+    assert torch.equal(late(x), moe(x))
+    assert late.statistics() == moe.statistics()
+
+
+def test_residents_may_be_integers_of_any_kind():
+    assert MoE(config(), numpy.array([1, 3])).experts.expert_ids == (1, 3)

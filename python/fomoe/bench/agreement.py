@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fomoe import reference
 from fomoe.bench.baselines import Contender
+from fomoe.errors import UserError
 
 NUM_TOKENS = 256
 # Largest ||contender - exact|| / ||exact|| of the output and of each gradient.
@@ -35,14 +36,18 @@ def check_agreement(
 
     Raises
     ------
-    RuntimeError
-        When one is off by more than the tolerance of its dtype; it is named.
+    UserError
+        When one is off by more than the tolerance of its dtype, or no token is left to compare.
     """
     weights = [p.detach() for p in next(iter(contenders.values())).parameters]
     dtype = weights[0].dtype
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(NUM_TOKENS, weights[0].shape[1], generator=generator).to(dtype)
     x = x[_has_clear_choice(x, weights[0], top_k)]
+    if len(x) == 0:
+        raise UserError(
+            f"no token has a choice of experts that is clear in {dtype}: nothing to compare"
+        )
     grad_y = torch.randn(x.shape, generator=generator).to(dtype)
     exact = _exact(x, grad_y, weights, top_k)
     agreements = {}
@@ -56,7 +61,11 @@ def check_agreement(
         errors = [_relative_error(a, b) for a, b in zip(found, exact, strict=True)]
         agreement = Agreement(errors[0], max(errors[1:]), TOLERANCES[dtype])
         if not max(errors) <= agreement.tolerance:
-            raise RuntimeError(f"{name} does not agree with the float64 reference: {agreement}")
+            raise UserError(
+                f"{name} is off the float64 reference by {agreement.output:.1e} in its output and "
+                f"{agreement.gradient:.1e} in its gradients, beyond {agreement.tolerance:g}: this "
+                f"shape cannot be compared in {dtype}"
+            )
         agreements[name] = agreement
     return agreements
 

@@ -39,7 +39,7 @@ def decoder_flops(config: DecoderConfig, sequence_length: int) -> Flops:
     heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query, output; key, value
     projections = 2 * config.dim * config.head_dim * heads
     scores = 2 * config.num_heads * config.head_dim * (sequence_length + 1)
-    num_matrices = 3 if config.activation == "swiglu" else 2
+    num_matrices = 2 if config.activation == "silu" else 3
     experts = 2 * num_matrices * config.top_k * config.dim * config.expert_dim
     return Flops(
         attention=config.num_layers * (projections + scores),

@@ -53,11 +53,11 @@ def run_layers(
     Raises
     ------
     UserError
-        When a shape or dtype is none, or ``output`` cannot be written.
-    RuntimeError
-        When a contender's output or gradients are wrong.
+        When a shape or dtype is none, ``output`` cannot be written, or a contender's output or
+        gradients are wrong.
     """
-    plan, cases, names = plan or Plan(), parse_shapes(shapes), tuple(dtypes) or tuple(DTYPES)
+    plan, cases = plan or Plan(), parse_shapes(shapes)
+    names = tuple(dict.fromkeys(dtypes)) or tuple(DTYPES)
     for name in names:
         if name not in DTYPES:
             raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")

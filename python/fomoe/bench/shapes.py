@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fomoe.errors import UserError
+from fomoe.nn.config import MAX_EXPERTS
 
-MAX_EXPERTS = 4096
+# F.grouped_mm takes rows of whole 16 bytes only.
+WIDTH_MULTIPLE = 8
 
 
 class Shape(NamedTuple):
@@ -42,7 +44,8 @@ def parse_shape(text: str) -> Shape:
     Raises
     ------
     UserError
-        When the text is not five positive integers with K <= E <= 4096.
+        When the text is not five positive integers with K <= E <= 4096 and widths D and F that all
+        contenders take.
     """
     try:
         sizes = [int(part) for part in text.split(",")]
@@ -55,9 +58,14 @@ def parse_shape(text: str) -> Shape:
     shape = Shape(*sizes)
     if not shape.top_k <= shape.num_experts <= MAX_EXPERTS:
         raise UserError(f"--shape: expected K <= E <= {MAX_EXPERTS}, got {text!r}")
+    if shape.dim % WIDTH_MULTIPLE or shape.expert_dim % WIDTH_MULTIPLE:
+        raise UserError(
+            f"--shape: expected D and F in multiples of {WIDTH_MULTIPLE}, which F.grouped_mm needs "
+            f"(fomoe does not), got {text!r}"
+        )
     return shape
 
 
 def parse_shapes(texts: Sequence[str]) -> tuple[Shape, ...]:
     """The shapes of these texts; without any, the standard ones."""
-    return tuple(map(parse_shape, texts)) or SHAPES
+    return tuple(dict.fromkeys(map(parse_shape, texts))) or SHAPES

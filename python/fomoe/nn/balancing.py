@@ -6,7 +6,7 @@ section 2.1.2). E experts.
 """
 
 from collections.abc import Callable, Collection
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -55,6 +55,10 @@ class LoadBalancer(nn.Module):
         if self.bias.dtype != torch.float32:
             self.bias = exact.to(self.bias.device)
         return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.bias = self.bias.float()  # assign=True takes the dtype of the checkpoint
 
 
 @torch.no_grad()

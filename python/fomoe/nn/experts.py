@@ -72,7 +72,7 @@ class Experts(FeedForward):
 
     def __init__(self, config: MoEConfig, expert_ids: Sequence[int]) -> None:
         super().__init__(config, (len(expert_ids),), config.expert_dim)
-        self.expert_ids = tuple(expert_ids)
+        self.expert_ids = tuple(map(int, expert_ids))
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the resident experts' outputs, (T, D), in the autocast dtype if any."""

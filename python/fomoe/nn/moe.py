@@ -9,9 +9,9 @@ T tokens, D model width, E experts, E_local resident ones, K experts per token.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,13 @@ class MoE(nn.Module):
             self.register_buffer(name, buffer, persistent=False)
         self.reset_buffers()
         self._auxiliary_loss: Tensor | None = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self.expert_map.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta and not self.expert_map.is_meta:  # to_empty(): what is there now means nothing
+            self.reset_buffers()
+        return self
 
     def reset_buffers(self) -> None:
         """Fill the buffers, which ``to_empty()`` leaves undefined; clears statistics and biases."""

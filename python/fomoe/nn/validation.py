@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 
 
 def require_integers(config: object, names: Sequence[str], *, at_least: int) -> None:
@@ -42,10 +43,9 @@ def require_resident_experts(resident_experts: Sequence[int], num_experts: int) 
     """Ascending ids below ``num_experts``, each at most once."""
     previous = -1
     for position, expert in enumerate(resident_experts):
-        if not isinstance(expert, int) or not 0 <= expert < num_experts:
-            raise ValueError(
-                f"resident_experts[{position}]: expected an id in [0, {num_experts}), got {expert}"
-            )
+        if not isinstance(expert, Integral) or not 0 <= expert < num_experts:
+            expected = f"an id in [0, {num_experts})"
+            raise ValueError(f"resident_experts[{position}]: expected {expected}, got {expert!r}")
         if expert <= previous:
             raise ValueError(
                 f"resident_experts[{position}]: expected ascending ids without repetition, "
