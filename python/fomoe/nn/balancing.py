@@ -3,6 +3,9 @@
 
 The method of Wang et al. (arXiv 2408.15664, algorithm 1), as used by DeepSeek-V3 (arXiv 2412.19437,
 section 2.1.2). E experts.
+
+With sigmoid scores the bias is added to the score, as in both papers; with softmax and unit scores
+to the logit instead of the probability, so that choosing experts needs no sum (our choice).
 """
 
 from collections.abc import Callable, Collection

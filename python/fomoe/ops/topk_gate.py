@@ -63,8 +63,9 @@ def topk_gate(
     groups by the sum of their two best is DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): sigmoid,
     bias, 8 groups of which 4, "top2_sum", renormalize, scale 2.5. Groups by their best score are
     DeepSeek-V2 (arXiv 2405.04434, section 2.2.2). The softmax over the chosen is Mixtral's
-    (arXiv 2401.04088, section 2.1) and gpt-oss'. The probabilities behind ``prob_sum`` and the
-    order of ties and NaN are our choice.
+    (arXiv 2401.04088, section 2.1) and gpt-oss'. The probabilities behind ``prob_sum``, the order
+    of ties and NaN, and a bias on the logit instead of the probability for softmax and unit are our
+    choice.
 
     Parameters
     ----------
