@@ -170,6 +170,7 @@ def test_inference_keeps_no_pre_activation_and_gives_the_same_bits():
     code, routing = 0, SAMPLE.routing()
     for keep, rows in ((True, SAMPLE.tokens * SAMPLE.top_k), (False, 0)):
         kept = torch.ops.fomoe.expert_mlp(*arguments, None, None, *routing, code, keep)[1]
+        assert not kept.requires_grad
         assert kept.shape == (rows, 2 * SAMPLE.expert_dim)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fomoe.errors import UserError
-from fomoe.nn.config import MAX_EXPERTS
+from fomoe.ops.topk_gate import MAX_EXPERTS
 
 # F.grouped_mm takes rows of whole 16 bytes only.
 WIDTH_MULTIPLE = 8

@@ -10,8 +10,7 @@ from fomoe.nn.validation import (
     require_integers,
     require_numbers,
 )
-
-MAX_EXPERTS = 4096
+from fomoe.ops.topk_gate import MAX_EXPERTS
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)

@@ -19,6 +19,8 @@ from fomoe.ops._checks import (
 from fomoe.ops._names import GATE_SCORES, GROUP_SCORES, code_of
 from fomoe.ops.types import GateOutput
 
+MAX_EXPERTS = 4096
+
 
 def topk_gate(
     logits: Tensor,
@@ -131,9 +133,10 @@ def _check_gate(op: str, logits: Tensor, resident: Tensor | None, top_k: int, sc
     check_tensor(op, "logits", logits, FLOATS, (None, None), "(T, E)")
     num_experts = logits.shape[1]
     check(
-        num_experts <= 4096,
+        num_experts <= MAX_EXPERTS,
         lambda: (
-            f"fomoe::{op}: logits must have at most 4096 experts, got shape {tuple(logits.shape)}"
+            f"fomoe::{op}: logits must have at most {MAX_EXPERTS} experts, "
+            f"got shape {tuple(logits.shape)}"
         ),
     )
     check(
