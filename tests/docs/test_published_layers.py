@@ -140,15 +140,21 @@ def test_sizes_are_those_of_the_model(page, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_layer_equals_the_block_of_transformers(page, name):
+def test_output_and_input_gradient_equal_the_block_of_transformers(page, name):
     config = reduced(page[name])
     block, moe = reduced_block(MODELS[name], config), MoE(config)
     moe.load_state_dict(state_of(block, page["gpt_oss_state"]))
-    x = torch.randn(2, 20, DIM, generator=torch.Generator().manual_seed(1))
-    expected = block(x)
-    if isinstance(expected, tuple):
-        expected = expected[0]
-    torch.testing.assert_close(moe(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    tokens, direction = torch.randn(2, 2, 20, DIM, generator=torch.Generator().manual_seed(1))
+    results = []
+    for layer in (moe, block):
+        x = tokens.clone().requires_grad_()
+        y = layer(x)
+        y = y[0] if isinstance(y, tuple) else y
+        y.backward(direction)  # through experts and router
+        results.append((y.detach(), x.grad))
+    for actual, expected in zip(*results, strict=True):
+        tolerance = 1e-4 * expected.abs().max().item()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=tolerance)
 
 
 def test_fomoe_is_the_paper_s_second_size(page):
