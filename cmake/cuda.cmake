@@ -31,3 +31,5 @@ message(STATUS "fomoe: CUDA kernels ${FOMOE_HAVE_CUDA} (FOMOE_CUDA=${FOMOE_CUDA}
 # sm_80 code and PTX for every card from Ampere on, and code for Hopper.
 set(FOMOE_CUDA_PORTABLE_FLAGS
   "-gencode=arch=compute_80,code=[compute_80,sm_80]" "-gencode=arch=compute_90a,code=sm_90a")
+set(FOMOE_CUDA_SM80_FLAGS "-gencode=arch=compute_80,code=[compute_80,sm_80]")
+set(FOMOE_CUDA_SM90_FLAGS "-gencode=arch=compute_90a,code=sm_90a")

@@ -8,6 +8,7 @@
 // T*D + R*D and writes R*D.
 #pragma once
 
+#include "fomoe/cuda.h"
 #include "fomoe/dtype.h"
 #include "fomoe/routing.h"
 
@@ -24,6 +25,15 @@ void combine(DType dtype, const void* rows, const void* weights, const Routing& 
 void combine_backward(DType dtype, const void* grad_y, const void* rows, const void* weights,
                       const Routing& routing, int64_t width, void* d_rows, void* d_weights);
 }  // namespace cpu
+
+namespace cuda {
+/// As on the CPU, with the same y and d_rows to the bit.
+void combine(DType dtype, const void* rows, const void* weights, const Routing& routing,
+             int64_t width, void* y, Stream stream);
+void combine_backward(DType dtype, const void* grad_y, const void* rows, const void* weights,
+                      const Routing& routing, int64_t width, void* d_rows, void* d_weights,
+                      Stream stream);
+}  // namespace cuda
 
 namespace reference {
 void combine(const double* rows, const double* weights, const Routing& routing, int64_t width,

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstdint>
 
+#include "fomoe/host_device.h"
+
 namespace fomoe {
 
 enum class DType : int32_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
@@ -27,7 +29,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float to_accumulate(BFloat16 value) {
+FOMOE_HOST_DEVICE inline float to_accumulate(BFloat16 value) {
   return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
 }
 
@@ -37,7 +39,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-inline float to_accumulate(Float16 value) {
+FOMOE_HOST_DEVICE inline float to_accumulate(Float16 value) {
   const uint32_t magnitude = (value.bits & 0x7fffu) << 13;
   const uint32_t sign = (value.bits & 0x8000u) << 16;
   // No step is subnormal in float32, so that flushing those to zero changes nothing.
@@ -47,8 +49,8 @@ inline float to_accumulate(Float16 value) {
   const uint32_t word = magnitude < 0x00800000u ? std::bit_cast<uint32_t>(subnormal) : normal;
   return std::bit_cast<float>(word | sign);
 }
-inline float to_accumulate(float value) { return value; }
-inline double to_accumulate(double value) { return value; }
+FOMOE_HOST_DEVICE inline float to_accumulate(float value) { return value; }
+FOMOE_HOST_DEVICE inline double to_accumulate(double value) { return value; }
 
 /// The type sums are held in: float64 for float64, float32 for everything else.
 template <typename T>
@@ -63,18 +65,18 @@ template <typename T>
 using Accumulate = typename AccumulateOf<T>::type;
 
 template <typename T>
-inline T from_accumulate(Accumulate<T> value) {
+FOMOE_HOST_DEVICE inline T from_accumulate(Accumulate<T> value) {
   return value;
 }
 template <>
-inline BFloat16 from_accumulate<BFloat16>(float value) {
+FOMOE_HOST_DEVICE inline BFloat16 from_accumulate<BFloat16>(float value) {
   const uint32_t word = std::bit_cast<uint32_t>(value);
   const uint32_t round_to_even = 0x7fff + ((word >> 16) & 1);
   const uint32_t quiet_nan = (word >> 16) | 0x0040;
   return BFloat16{static_cast<uint16_t>(value != value ? quiet_nan : (word + round_to_even) >> 16)};
 }
 template <>
-inline Float16 from_accumulate<Float16>(float value) {
+FOMOE_HOST_DEVICE inline Float16 from_accumulate<Float16>(float value) {
   const uint32_t word = std::bit_cast<uint32_t>(value);
   const uint32_t magnitude = word & 0x7fffffffu, sign = word >> 16 & 0x8000u;
   const uint32_t round_to_even = 0xfff + (magnitude >> 13 & 1);

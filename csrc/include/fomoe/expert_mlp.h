@@ -18,7 +18,9 @@
 // workspace of one expert.
 #pragma once
 
+#include "fomoe/cuda.h"
 #include "fomoe/gemm.h"
+#include "fomoe/kernel_path.h"
 #include "fomoe/routing.h"
 
 namespace fomoe {
@@ -68,6 +70,19 @@ void expert_mlp_backward(const ExpertMlp& mlp, const void* grad_y, const void* x
                          const void* weights, const void* pre, const Gemm& gemm,
                          const ExpertMlpGradient& gradient, void* workspace);
 }  // namespace cpu
+
+namespace cuda {
+/// Do not depend on how many rows are executed.
+int64_t expert_mlp_workspace_bytes(KernelPath path, const ExpertMlp& mlp);
+int64_t expert_mlp_backward_workspace_bytes(KernelPath path, const ExpertMlp& mlp);
+
+/// As on the CPU, on the matrix kernels of `path`, one that choose_path allows.
+void expert_mlp(KernelPath path, const ExpertMlp& mlp, const void* x, const void* weights, void* y,
+                void* pre, void* workspace, Stream stream);
+void expert_mlp_backward(KernelPath path, const ExpertMlp& mlp, const void* grad_y, const void* x,
+                         const void* weights, const void* pre, const ExpertMlpGradient& gradient,
+                         void* workspace, Stream stream);
+}  // namespace cuda
 
 namespace reference {
 /// Every array is double, mlp's weights too; of the gradients only b1 and b2 may be nullptr.

@@ -8,7 +8,9 @@
 // same function with B's strides exchanged.
 #pragma once
 
+#include "fomoe/cuda.h"
 #include "fomoe/gemm.h"
+#include "fomoe/kernel_path.h"
 
 namespace fomoe {
 
@@ -27,6 +29,17 @@ void grouped_gemm_wgrad(DType dtype, const void* left, const void* right, const 
                         int64_t num_local_experts, int64_t out_rows, int64_t out_cols,
                         const Gemm& gemm, void* out, void* scratch);
 }  // namespace cpu
+
+namespace cuda {
+int64_t grouped_gemm_workspace_bytes(int64_t num_rows, int64_t num_local_experts);
+
+/// path: one that choose_path allows for these operands.
+void grouped_gemm(KernelPath path, const void* rows, int64_t num_rows, const ExpertMatrices& b,
+                  const int32_t* offsets, void* out, void* workspace, Stream stream);
+void grouped_gemm_wgrad(KernelPath path, DType dtype, const void* left, const void* right,
+                        int64_t num_rows, const int32_t* offsets, int64_t num_local_experts,
+                        int64_t out_rows, int64_t out_cols, void* out, Stream stream);
+}  // namespace cuda
 
 namespace reference {
 /// b of type double.

@@ -6,6 +6,7 @@
 // Minimum traffic: read T*D, write R*D elements. Deterministic; x and rows must not overlap.
 #pragma once
 
+#include "fomoe/cuda.h"
 #include "fomoe/dtype.h"
 #include "fomoe/routing.h"
 
@@ -19,6 +20,12 @@ void permute(DType dtype, const void* x, const Routing& routing, int64_t width, 
 void permute_range(DType dtype, const void* x, const Routing& routing, int64_t width, int64_t first,
                    int64_t count, void* rows);
 }  // namespace cpu
+
+namespace cuda {
+/// Reads slot_to_row and the last offset only.
+void permute(DType dtype, const void* x, const Routing& routing, int64_t width, void* rows,
+             Stream stream);
+}  // namespace cuda
 
 namespace reference {
 void permute(const double* x, const Routing& routing, int64_t width, double* rows);

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "fomoe/cuda.h"
+
 namespace fomoe {
 
 /// The capacity that drops nothing.
@@ -24,6 +26,15 @@ void route(const int32_t* ids, int64_t num_slots, const int32_t* expert_map,
            int64_t num_local_experts, int64_t capacity, int32_t* slot_to_row, int32_t* row_to_slot,
            int32_t* offsets, void* workspace);
 }  // namespace cpu
+
+namespace cuda {
+int64_t route_workspace_bytes(int64_t num_slots, int64_t num_local_experts);
+
+/// num_experts: length of expert_map. The rest as on the CPU, with the same result.
+void route(const int32_t* ids, int64_t num_slots, const int32_t* expert_map, int64_t num_experts,
+           int64_t num_local_experts, int64_t capacity, int32_t* slot_to_row, int32_t* row_to_slot,
+           int32_t* offsets, void* workspace, Stream stream);
+}  // namespace cuda
 
 namespace reference {
 void route(const int32_t* ids, int64_t num_slots, const int32_t* expert_map,

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "fomoe/host_device.h"
+
 namespace fomoe {
 
 /// T tokens, K experts per token, R = T * K routed rows; slot = t * K + k.
@@ -15,7 +17,7 @@ struct Routing {
   int64_t top_k;           // K
   int64_t num_local_experts;  // E_local
 
-  int64_t num_rows() const { return num_tokens * top_k; }
+  FOMOE_HOST_DEVICE int64_t num_rows() const { return num_tokens * top_k; }
   int64_t num_executed_rows() const { return offsets[num_local_experts]; }
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The selection score of the router and its order, defined once for every device: whatever decides
 // which experts are chosen is spelled out here in single IEEE operations, so that ids are the same
-// to the bit everywhere. Device code compiles it with --expt-relaxed-constexpr, for std::bit_cast.
+// to the bit everywhere.
 //
 // Experts are compared through integers, so that their order is total: the larger score is better,
 // equal scores go to the lower index; -0 equals +0, and NaN ranks below every number, -inf
@@ -14,13 +14,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "fomoe/host_device.h"
 #include "fomoe/vectorize.h"
-
-#if defined(__CUDACC__)
-#define FOMOE_HOST_DEVICE __host__ __device__
-#else
-#define FOMOE_HOST_DEVICE
-#endif
 
 namespace fomoe {
 

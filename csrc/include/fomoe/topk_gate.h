@@ -21,6 +21,7 @@
 // tokens run over blocks of kTokensPerBlock in ascending order, whatever the number of threads.
 #pragma once
 
+#include "fomoe/cuda.h"
 #include "fomoe/dtype.h"
 
 namespace fomoe {
@@ -86,6 +87,19 @@ void topk_gate(DType dtype, const Gate& gate, const GateInput& input, const Gate
 void topk_gate_backward(DType dtype, const Gate& gate, const GateInput& input, const int32_t* ids,
                         const GateGradient& gradient, void* grad_logits);
 }  // namespace cpu
+
+namespace cuda {
+int64_t topk_gate_workspace_bytes(DType dtype, const Gate& gate);
+int64_t topk_gate_backward_workspace_bytes(DType dtype, const Gate& gate);
+
+/// As on the CPU, with the same ids to the bit; the sums over tokens are deterministic, but in an
+/// order of their own.
+void topk_gate(DType dtype, const Gate& gate, const GateInput& input, const GateResult& result,
+               void* workspace, Stream stream);
+void topk_gate_backward(DType dtype, const Gate& gate, const GateInput& input, const int32_t* ids,
+                        const GateGradient& gradient, void* grad_logits, void* workspace,
+                        Stream stream);
+}  // namespace cuda
 
 namespace reference {
 /// Every floating point array is double.

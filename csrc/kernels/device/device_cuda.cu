@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 
 #include "fomoe/device.h"
+#include "fomoe/kernel_path.h"
 
 namespace fomoe {
 
@@ -19,6 +20,16 @@ int cuda_device_count() {
     return 0;
   }
   return count;
+}
+
+int cuda_compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  const bool found =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
+  if (!found) cudaGetLastError();
+  return found ? 10 * major + minor : 0;
 }
 
 }  // namespace fomoe

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs CUDA kernels on the CPU, for tests on machines without a GPU: included ahead of a .cu file
+// that is compiled as C++ (-include). Each thread of a block is a fiber, a block runs on one thread
+// of the operating system, and blocks run in parallel.
+//
+// Found out: barriers that not all threads reach, deadlocks (reported, not hung), a missing
+// __syncthreads (threads run in a random order that EMULATION_SEED changes), warp collectives whose
+// lanes disagree, overruns of global and shared memory (under AddressSanitizer), shared memory that
+// is read before it is written (it starts as NaN). See the headers of this folder for more.
+//
+// Not seen: races between threads that no order of whole run-to-the-next-barrier steps shows, the
+// memory model's weakness, registers, and time.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define FOMOE_EMULATION 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#ifndef __restrict__
+#define __restrict__ __restrict
+#endif
+
+#include "atomics.h"
+#include "block.h"
+#include "copies.h"
+#include "counters.h"
+#include "warp.h"
+
+#define threadIdx (::fomoe::emulation::fiber().thread_index)
+#define blockIdx (::fomoe::emulation::block().block_index)
+#define blockDim (::fomoe::emulation::block().block_size)
+#define gridDim (::fomoe::emulation::block().grid_size)
+
+inline void __syncthreads() { fomoe::emulation::barrier_sync(0, 0); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
+inline int __ffs(int x) { return x ? std::countr_zero(static_cast<unsigned>(x)) + 1 : 0; }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
+inline float __int_as_float(int x) { return std::bit_cast<float>(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float a, float b) { return a / b; }
