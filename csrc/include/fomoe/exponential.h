@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "fomoe/host_device.h"
 #include "fomoe/vectorize.h"
 
 namespace fomoe {
@@ -40,9 +41,13 @@ FOMOE_INLINE float exponential(float x) {
 }
 
 /// 1 / (1 + exp(-x)).
-template <typename Real>
-FOMOE_INLINE Real logistic(Real x) {
-  return Real(1) / (Real(1) + exponential(-x));
+FOMOE_HOST_DEVICE FOMOE_INLINE double logistic(double x) { return 1.0 / (1.0 + std::exp(-x)); }
+FOMOE_HOST_DEVICE FOMOE_INLINE float logistic(float x) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(1.0f, 1.0f + __expf(-x));  // to 2 units in the last place or so
+#else
+  return 1.0f / (1.0f + exponential(-x));
+#endif
 }
 
 }  // namespace fomoe

@@ -2,38 +2,10 @@
 // The elementwise part of the expert on the CPU, one routed row at a time.
 #pragma once
 
+#include "activated.h"
 #include "fomoe/dtype.h"
-#include "fomoe/expert_mlp.h"
-#include "fomoe/exponential.h"
 
 namespace fomoe::cpu {
-
-/// One activation: its value at (gate, up), and its derivatives by both.
-template <typename Real>
-struct Activated {
-  Real value;
-  Real d_gate;
-  Real d_up;
-};
-
-template <Activation activation, typename Real>
-FOMOE_INLINE Activated<Real> activated(Real gate, Real up) {
-  if constexpr (activation == Activation::kSwigluClamped) {
-    // NaN passes the comparisons; a clamped input has no gradient.
-    constexpr Real limit = kClampedLimit, slope = kClampedSlope;
-    const Real g = gate > limit ? limit : gate;
-    const Real u = up > limit ? limit : up < -limit ? -limit : up;
-    const Real sigmoid = logistic(slope * g), act = g * sigmoid;
-    const Real d_act = sigmoid + slope * act * (Real(1) - sigmoid);
-    return {act * (u + Real(1)), gate > limit ? Real(0) : d_act * (u + Real(1)),
-            up > limit || up < -limit ? Real(0) : act};
-  } else {
-    const Real sigmoid = logistic(gate), silu = gate * sigmoid;
-    const Real d_silu = sigmoid + silu * (Real(1) - sigmoid);
-    if constexpr (activation == Activation::kSilu) return {silu, d_silu, Real(0)};
-    return {silu * up, d_silu * up, silu};
-  }
-}
 
 template <Activation activation, typename T>
 FOMOE_VECTORIZED static void activate_rows(const T* pre, int64_t num_rows, int64_t expert_dim,
@@ -77,19 +49,6 @@ FOMOE_VECTORIZED static Accumulate<T> activate_row_backward(const T* pre, Accumu
     dot += sum_of<Real>(count, [&](int64_t f) { return products[f]; });
   }
   return dot;
-}
-
-/// Calls function(std::integral_constant<Activation, activation>{}).
-template <typename Function>
-inline void dispatch(Activation activation, Function&& function) {
-  switch (activation) {
-    case Activation::kSwiglu:
-      return function(std::integral_constant<Activation, Activation::kSwiglu>{});
-    case Activation::kSilu:
-      return function(std::integral_constant<Activation, Activation::kSilu>{});
-    case Activation::kSwigluClamped:
-      return function(std::integral_constant<Activation, Activation::kSwigluClamped>{});
-  }
 }
 
 }  // namespace fomoe::cpu
