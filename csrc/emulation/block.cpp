@@ -263,6 +263,7 @@ void wait_as(FiberState state) {
 
 void barrier_sync(int id, int count) {
   Fiber& self = fiber();
+  ++self.meetings;
   self.barrier = id;
   self.state = FiberState::kAtBarrier;
   arrive(id, count);

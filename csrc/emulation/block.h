@@ -23,6 +23,7 @@ struct Index3 {
 enum class FiberState : uint8_t { kReady, kAtBarrier, kInWarpCollective, kPolling, kDone };
 
 struct Warp;
+struct AccessLog;
 
 /// One CUDA thread.
 struct Fiber {
@@ -31,7 +32,8 @@ struct Fiber {
   int lane = 0;
   Warp* warp = nullptr;
   FiberState state = FiberState::kReady;
-  int barrier = 0;  // the one waited for
+  int barrier = 0;        // the one waited for
+  uint64_t meetings = 0;  // barriers and collectives of the whole warp passed so far
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   /// Copies issued with cp.async and not yet grouped, and the groups that are not yet waited for.
@@ -70,6 +72,7 @@ struct Block {
   uint64_t random = 0;
   /// Asynchronous effects, each with the number of scheduler rounds until it takes place.
   std::vector<std::pair<int, std::function<void()>>> deferred;
+  std::shared_ptr<AccessLog> accesses;  // while counting
   /// State of instruction models that belongs to the block.
   std::shared_ptr<void> asynchronous;
 };

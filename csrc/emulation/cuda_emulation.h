@@ -18,7 +18,9 @@
 #include <cstdint>
 #include <cstring>
 
+#ifndef FOMOE_EMULATION
 #define FOMOE_EMULATION 1
+#endif
 #define __global__
 #define __device__
 #define __host__

@@ -34,6 +34,7 @@ Warp& meet(uint32_t mask, std::array<uint64_t, 2> value) {
   if (!(mask >> self.lane & 1)) fail("a lane outside the mask takes part in a warp collective");
   warp.inputs[self.lane] = value;
   warp.masks[self.lane] = mask;
+  self.meetings += mask == 0xffffffffu;
   warp.arrived |= 1u << self.lane;
   self.state = FiberState::kInWarpCollective;
   complete(warp, mask);
