@@ -31,6 +31,7 @@ namespace cuda {
 int64_t route_workspace_bytes(int64_t num_slots, int64_t num_local_experts);
 
 /// num_experts: length of expert_map. The rest as on the CPU, with the same result.
+/// Throws std::invalid_argument for more than 4096 local experts.
 void route(const int32_t* ids, int64_t num_slots, const int32_t* expert_map, int64_t num_experts,
            int64_t num_local_experts, int64_t capacity, int32_t* slot_to_row, int32_t* row_to_slot,
            int32_t* offsets, void* workspace, Stream stream);
