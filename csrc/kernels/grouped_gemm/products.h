@@ -26,14 +26,16 @@ struct RowTiles {
   int64_t most;          // bound on it
 };
 
+/// Reached when every expert but one has one row.
 inline int64_t most_row_tiles(int64_t num_rows, int64_t num_experts) {
-  return num_rows / kTileRows + (num_experts < num_rows ? num_experts : num_rows);
+  const int64_t experts_with_rows = num_experts < num_rows ? num_experts : num_rows;
+  return experts_with_rows + (num_rows - experts_with_rows) / kTileRows;
 }
 
 /// Bytes of the workspace of list_row_tiles.
 int64_t row_tiles_bytes(int64_t num_rows, int64_t num_experts);
 
-/// Lists the tiles into `workspace`. Offsets are clamped to ascending numbers in [0, num_rows].
+/// Lists the tiles into `workspace`. Offsets are clamped as rows_of (expert_rows.cuh) does.
 RowTiles list_row_tiles(const int32_t* offsets, int64_t num_experts, int64_t num_rows,
                         void* workspace, Stream stream);
 
@@ -90,7 +92,7 @@ struct WeightProduct {
   RowSource left;          // width out_rows
   RowSource right;         // width out_cols
   int64_t num_rows;        // R
-  const int32_t* offsets;  // [E + 1]; clamped as in list_row_tiles
+  const int32_t* offsets;  // [E + 1]; clamped as in rows_of, expert_rows.cuh
   int64_t num_experts;     // E
   int64_t out_rows, out_cols;
   void* out;  // [E, out_rows, out_cols]
