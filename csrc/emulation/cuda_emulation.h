@@ -35,6 +35,7 @@
 #include "block.h"
 #include "copies.h"
 #include "counters.h"
+#include "mma.h"
 #include "warp.h"
 
 #define threadIdx (::fomoe::emulation::fiber().thread_index)

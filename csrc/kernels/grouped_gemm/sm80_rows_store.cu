@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "grouped_gemm/sm80_rows.cuh"
+
+namespace fomoe::cuda::sm80 {
+
+void multiply_and_store(const RowProduct& product, Stream stream) {
+  launch_row_product<Epilogue::kStore>("sm80 multiply and store", product, stream);
+}
+
+}  // namespace fomoe::cuda::sm80
