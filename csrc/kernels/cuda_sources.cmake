@@ -3,4 +3,5 @@
 set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
   permute/permute_cuda.cu)
 set(FOMOE_CUDA_SM80_SOURCES)     # sm_80 code and PTX only: Hopper has kernels of its own
-set(FOMOE_CUDA_SM90_SOURCES)     # sm_90a code only: wgmma, TMA
+set(FOMOE_CUDA_SM90_SOURCES     # sm_90a code only: wgmma, TMA
+  cuda/tensor_map.cu)
