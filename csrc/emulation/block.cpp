@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "asynchronous.h"
 #include "counters.h"
 #include "warp.h"
 
@@ -192,16 +193,21 @@ void run_deferred(Block& b) {
     due.push_back(std::move(entry.second));
     return true;
   });
-  for (auto& effect : due) effect();
+  current_fiber = nullptr;
+  try {
+    for (auto& effect : due) effect();
+  } catch (...) {
+    keep_error();
+  }
   b.progress += due.size();
 }
 
-std::string describe_deadlock(const Block& b) {
+std::string describe_deadlock(Block& b) {
   int count[5] = {};
   for (const Fiber& f : b.fibers) ++count[static_cast<int>(f.state)];
   return "deadlock: " + std::to_string(count[1]) + " threads at a barrier, " +
          std::to_string(count[2]) + " in a warp collective, " + std::to_string(count[3]) +
-         " polling, " + std::to_string(count[4]) + " exited";
+         " polling, " + std::to_string(count[4]) + " exited" + describe_barriers(b);
 }
 
 void run_block(Block& b, Stacks& stacks) {
@@ -225,6 +231,7 @@ void run_block(Block& b, Stacks& stacks) {
       if (b.error) return;
     }
     run_deferred(b);
+    if (b.error) return;
     idle_rounds = ran || b.progress != progress || !b.deferred.empty() ? 0 : idle_rounds + 1;
     if (left > 0 && idle_rounds > 2) {
       current_fiber = nullptr;
@@ -237,6 +244,11 @@ void run_block(Block& b, Stacks& stacks) {
     }
   }
   while (!b.deferred.empty()) run_deferred(b);
+  try {
+    finish_asynchronous(b);
+  } catch (...) {
+    keep_error();
+  }
 }
 
 int64_t environment_number(const char* name, int64_t otherwise) {

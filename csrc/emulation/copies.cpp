@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "asynchronous.h"
 #include "counters.h"
 
 namespace fomoe::emulation {
@@ -13,10 +14,12 @@ void cp_async(void* shared, const void* global, int valid_bytes, const void* sit
   }
   note_access(Access::kSharedStore, shared, 16, site);
   if (valid_bytes > 0) note_access(Access::kGlobalLoad, global, valid_bytes, site);
+  asynchronous().shared.begin_copy(shared, 16, "cp.async");
   std::memset(shared, 0xFF, 16);
   fiber().pending_copies.push_back([=] {
     std::memset(shared, 0, 16);
     if (valid_bytes > 0) std::memcpy(shared, global, valid_bytes);
+    asynchronous().shared.end_copy(shared, 16, true);
   });
 }
 

@@ -31,12 +31,16 @@
 #define __restrict__ __restrict
 #endif
 
+#include "asynchronous.h"
 #include "atomics.h"
+#include "barrier.h"
 #include "block.h"
 #include "copies.h"
 #include "counters.h"
 #include "mma.h"
+#include "tma.h"
 #include "warp.h"
+#include "wgmma.h"
 
 #define threadIdx (::fomoe::emulation::fiber().thread_index)
 #define blockIdx (::fomoe::emulation::block().block_index)

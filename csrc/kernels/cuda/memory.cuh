@@ -43,6 +43,7 @@ template <typename T>
 __attribute__((noinline)) inline void store_shared(T* address, T value) {
   emulation::note_access(emulation::Access::kSharedStore, address, sizeof(T),
                          __builtin_return_address(0));
+  emulation::asynchronous().shared.note_generic_write(address, sizeof(T));
   *address = value;
 }
 
