@@ -229,7 +229,8 @@ def print_kernels(kernels: list[Kernel]) -> None:
 def print_emulated(path: Path) -> None:
     """One JSON object per line, all with the same keys."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    print_table([tuple(rows[0]), *(tuple(str(cell) for cell in row.values()) for row in rows)])
+    cells = (tuple("" if cell is None else str(cell) for cell in row.values()) for row in rows)
+    print_table([tuple(rows[0]), *cells])
 
 
 def main() -> None:
