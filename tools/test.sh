@@ -41,6 +41,13 @@ cpp() {
   ctest --preset cpp-tests
 }
 
+# What nvcc made of the kernels, in the build folder of the stage `build`, and what they did emulated.
+kernels() {
+  local build
+  build=$(ls -td build/cp3*/ | head -1)
+  python tools/check_kernels.py "$build" --emulated build/cpp-tests/kernel_table.jsonl
+}
+
 # One thread: the tensors of tests are so small that handing them between threads takes longest.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 tests() { python -m pytest --durations=5 "$@"; }
@@ -49,6 +56,7 @@ use_environment
 report+=("$(printf '%-12s %4d s' environment "$SECONDS")")
 stage build 240 build
 stage c++ 180 cpp
+stage kernels 20 kernels
 stage ops 180 tests tests/ops tests/reference tests/packaging
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage bench 60 tests tests/bench
