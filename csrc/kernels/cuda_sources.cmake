@@ -9,8 +9,5 @@ set(FOMOE_CUDA_SM80_SOURCES      # sm_80 code and PTX only: Hopper has kernels o
   grouped_gemm/sm80_rows_activate.cu
   grouped_gemm/sm80_rows_backward.cu
   grouped_gemm/sm80_rows_store.cu)
-set(FOMOE_CUDA_SM90_SOURCES)     # sm_90a code only: wgmma, TMA
-  permute/permute_cuda.cu)
-set(FOMOE_CUDA_SM80_SOURCES)     # sm_80 code and PTX only: Hopper has kernels of its own
-set(FOMOE_CUDA_SM90_SOURCES     # sm_90a code only: wgmma, TMA
+set(FOMOE_CUDA_SM90_SOURCES      # sm_90a code only: wgmma, TMA
   cuda/tensor_map.cu)
