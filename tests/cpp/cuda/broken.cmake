@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+# Kernels broken on purpose: each must make a test of the kernel fail.
+#
+# A mutant is a copy of one file in which one piece of text was replaced. The test's object is
+# linked with the mutant ahead of the library of the right kernels, so that one file is compiled.
+
+# NAME [KERNEL <.cu, if FILE is a header of it>] FILE <in csrc/kernels> TEST <target>
+# REPLACE <text that occurs once> [BY <text>]
+function(fomoe_broken_kernel name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "FILE;KERNEL;TEST;REPLACE;BY" "")
+  if(NOT arg_KERNEL)
+    set(arg_KERNEL ${arg_FILE})
+  endif()
+  set(kernels ${PROJECT_SOURCE_DIR}/csrc/kernels)
+  set(folder ${CMAKE_CURRENT_BINARY_DIR}/broken/${name})
+
+  file(READ ${kernels}/${arg_FILE} text)
+  string(FIND "${text}" "${arg_REPLACE}" first)
+  string(FIND "${text}" "${arg_REPLACE}" last REVERSE)
+  if(first EQUAL -1 OR NOT first EQUAL last)
+    message(FATAL_ERROR "${name}: the text to replace must occur once in ${arg_FILE}")
+  endif()
+  string(REPLACE "${arg_REPLACE}" "${arg_BY}" text "${text}")
+  file(CONFIGURE OUTPUT ${folder}/${arg_FILE} CONTENT "${text}" @ONLY)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${kernels}/${arg_FILE})
+  if(NOT arg_KERNEL STREQUAL arg_FILE)
+    file(COPY_FILE ${kernels}/${arg_KERNEL} ${folder}/${arg_KERNEL} ONLY_IF_DIFFERENT)
+  endif()
+
+  set_source_files_properties(${folder}/${arg_KERNEL} PROPERTIES LANGUAGE CXX
+    COMPILE_OPTIONS "${FOMOE_EMULATED_OPTIONS};-w")
+  add_library(${name}_kernel OBJECT ${folder}/${arg_KERNEL})
+  target_include_directories(${name}_kernel PRIVATE
+    ${folder} ${kernels} ${PROJECT_SOURCE_DIR}/csrc/emulation ${PROJECT_SOURCE_DIR}/csrc/include)
+  target_link_libraries(${name}_kernel PRIVATE fomoe_flags)
+  add_executable(${name} $<TARGET_OBJECTS:${name}_kernel> $<TARGET_OBJECTS:${arg_TEST}>)
+  target_link_libraries(${name} PRIVATE fomoe_cuda_tests fomoe_test_main)
+  add_test(NAME ${name} COMMAND ${name})
+  set_tests_properties(${name} PROPERTIES TIMEOUT 60
+    PASS_REGULAR_EXPRESSION "FAIL ;ERROR: AddressSanitizer")
+endfunction()
+
+fomoe_broken_kernel(broken_permute_without_zeroing
+  FILE permute/permute_cuda.cu TEST test_permute_cuda
+  REPLACE "if (row >= executed)" BY "if (row > executed)")
+fomoe_broken_kernel(broken_permute_that_reads_again
+  FILE permute/permute_cuda.cu TEST test_permute_cuda
+  REPLACE "store_global(rows + row * packets + i, value)"
+  BY "store_global(rows + row * packets + i, load_global_once(x + token * packets + i))")
+fomoe_broken_kernel(broken_route_without_barrier_before_counting
+  FILE route/route_cuda.cu TEST test_route_cuda
+  REPLACE "counts[e] = 0;\n  __syncthreads();" BY "counts[e] = 0;")
+fomoe_broken_kernel(broken_route_without_barrier_before_summing
+  FILE route/route_cuda.cu TEST test_route_cuda
+  REPLACE "shared.sums[segment][lane] = sum;\n  __syncthreads();"
+  BY "shared.sums[segment][lane] = sum;")
