@@ -22,7 +22,6 @@ constexpr int64_t kFewSlots = 4096;          // for one block
 constexpr int64_t kMostLocalExperts = 4096;  // whose tables fit in the shared memory of any card
 constexpr int64_t kSlotsPerWarp = 128;
 constexpr int kMostWarps = 32;
-constexpr int kSegments = 32;  // of the blocks, in accumulate_kernel
 
 struct Slots {
   const int32_t* ids;         // [count]
@@ -85,17 +84,14 @@ __global__ void __launch_bounds__(kMostWarps* kWarpSize)
   for (int e = thread; e < slots.num_local_experts; e += threads) store_global(row + e, counts[e]);
 }
 
-struct Segments {
-  int32_t sums[kSegments][kWarpSize];
-};
-
 /// A block owns 32 experts, one per lane, and each of its warps a segment of the blocks.
-__global__ void __launch_bounds__(kSegments* kWarpSize)
+__global__ void __launch_bounds__(kMostWarps* kWarpSize)
     accumulate_kernel(BlockCounts blocks, int64_t num_blocks, int num_local_experts) {
-  auto& shared = dynamic_shared<Segments>();
+  int32_t* sums = &dynamic_shared<int32_t>();  // [segments, 32]
   const int lane = threadIdx.x % kWarpSize, segment = threadIdx.x / kWarpSize;
+  const int num_segments = blockDim.x / kWarpSize;
   const int64_t expert = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
-  const int64_t length = ceil_div(num_blocks, kSegments);
+  const int64_t length = ceil_div(num_blocks, num_segments);
   const int64_t begin = std::min<int64_t>(segment * length, num_blocks),
                 end = std::min(begin + length, num_blocks);
   int32_t* column = blocks.counts + expert;
@@ -104,17 +100,17 @@ __global__ void __launch_bounds__(kSegments* kWarpSize)
   for (int64_t block = begin; block < end && exists; ++block) {
     sum += load_global_once(column + block * num_local_experts);
   }
-  shared.sums[segment][lane] = sum;
+  sums[threadIdx.x] = sum;
   __syncthreads();
   if (!exists) return;
   int32_t before = 0;
-  for (int i = 0; i < segment; ++i) before += shared.sums[i][lane];
+  for (int i = 0; i < segment; ++i) before += sums[i * kWarpSize + lane];
   for (int64_t block = begin; block < end; ++block) {
     const int32_t count = load_global_once(column + block * num_local_experts);
     store_global(column + block * num_local_experts, before);
     before += count;
   }
-  if (segment == kSegments - 1) store_global(blocks.totals + expert, before);
+  if (segment == num_segments - 1) store_global(blocks.totals + expert, before);
 }
 
 /// The shared memory of scatter_kernel.
@@ -304,8 +300,10 @@ void route(const int32_t* ids, int64_t num_slots, const int32_t* expert_map, int
   if (split.num_blocks > 1) {
     launch({"route_count", split.num_blocks, threads, 4 * num_local_experts}, stream, count_kernel,
            slots, blocks);
-    launch({"route_accumulate", ceil_div(num_local_experts, kWarpSize), kSegments * kWarpSize,
-            sizeof(Segments)},
+    const int segment_threads =
+        static_cast<int>(std::min<int64_t>(split.num_blocks, kMostWarps)) * kWarpSize;
+    launch({"route_accumulate", ceil_div(num_local_experts, kWarpSize), segment_threads,
+            4 * segment_threads},
            stream, accumulate_kernel, blocks, split.num_blocks,
            static_cast<int>(num_local_experts));
   }
