@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Every CUDA source, relative to csrc/kernels: once for nvcc, once for the emulation on the CPU.
 set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
+  combine/combine_cuda.cu
   grouped_gemm/row_tiles.cu
   permute/permute_cuda.cu
   route/route_cuda.cu
