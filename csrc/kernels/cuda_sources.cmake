@@ -2,6 +2,7 @@
 # Every CUDA source, relative to csrc/kernels: once for nvcc, once for the emulation on the CPU.
 set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
   grouped_gemm/row_tiles.cu
+  grouped_gemm/simple.cu
   permute/permute_cuda.cu
   route/route_cuda.cu)
 set(FOMOE_CUDA_SM80_SOURCES      # sm_80 code and PTX only: Hopper has kernels of its own
@@ -9,8 +10,5 @@ set(FOMOE_CUDA_SM80_SOURCES      # sm_80 code and PTX only: Hopper has kernels o
   grouped_gemm/sm80_rows_activate.cu
   grouped_gemm/sm80_rows_backward.cu
   grouped_gemm/sm80_rows_store.cu)
-set(FOMOE_CUDA_SM90_SOURCES)     # sm_90a code only: wgmma, TMA
-  permute/permute_cuda.cu)
-set(FOMOE_CUDA_SM80_SOURCES)     # sm_80 code and PTX only: Hopper has kernels of its own
-set(FOMOE_CUDA_SM90_SOURCES     # sm_90a code only: wgmma, TMA
+set(FOMOE_CUDA_SM90_SOURCES      # sm_90a code only: wgmma, TMA
   cuda/tensor_map.cu)
