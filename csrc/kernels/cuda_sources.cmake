@@ -3,6 +3,7 @@
 set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
   combine/combine_cuda.cu
   grouped_gemm/row_tiles.cu
+  grouped_gemm/simple.cu
   permute/permute_cuda.cu
   route/route_cuda.cu
   topk_gate/topk_gate_cuda.cu)
