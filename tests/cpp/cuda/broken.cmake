@@ -52,5 +52,5 @@ fomoe_broken_kernel(broken_route_without_barrier_before_counting
   REPLACE "counts[e] = 0;\n  __syncthreads();" BY "counts[e] = 0;")
 fomoe_broken_kernel(broken_route_without_barrier_before_summing
   FILE route/route_cuda.cu TEST test_route_cuda
-  REPLACE "shared.sums[segment][lane] = sum;\n  __syncthreads();"
-  BY "shared.sums[segment][lane] = sum;")
+  REPLACE "warp_sums[warp] = inclusive;\n  __syncthreads();"
+  BY "warp_sums[warp] = inclusive;")
