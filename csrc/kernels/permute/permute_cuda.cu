@@ -1,29 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 // A block owns one token: it reads the token's row once and writes it to the rows of its K slots.
 // The rows past the last executed one are shared out evenly, K to a block, and zeroed.
-#include <algorithm>
-
 #include "cuda/device.cuh"
+#include "cuda/elements.cuh"
 #include "cuda/memory.cuh"
 #include "fomoe/permute.h"
+#include "routing/row_of.cuh"
 
 namespace fomoe::cuda {
 namespace {
 
+constexpr int kAtOnce = 8;
+
 template <int bytes>
 __global__ void __launch_bounds__(256)
     permute_kernel(const Packet<bytes>* x, Routing routing, int64_t packets, Packet<bytes>* rows) {
+  const int lane = threadIdx.x % kWarpSize;
   const int64_t token = blockIdx.x, first_slot = token * routing.top_k;
-  const int64_t num_rows = routing.num_rows();
+  const int64_t end_slot = first_slot + routing.top_k;
   const int64_t executed = load_global(routing.offsets + routing.num_local_experts);
-  for (int64_t i = threadIdx.x; i < packets; i += blockDim.x) {
-    const Packet<bytes> value = load_global_once(x + token * packets + i);
-    for (int64_t k = 0; k < routing.top_k; ++k) {
-      const int64_t row = load_global(routing.slot_to_row + first_slot + k);
-      if (0 <= row && row < num_rows) store_global(rows + row * packets + i, value);
+  int32_t lane_row = row_of(routing, first_slot + lane, end_slot);
+  for (int64_t turn = 0; turn < packets; turn += blockDim.x) {
+    const int64_t i = turn + threadIdx.x;
+    Packet<bytes> value = {};
+    if (i < packets) value = load_global_once(x + token * packets + i);
+    for (int64_t slot = first_slot; slot < end_slot; slot += kAtOnce) {
+      const int first = static_cast<int>((slot - first_slot) % kWarpSize);
+      if (first == 0 && routing.top_k > kWarpSize)
+        lane_row = row_of(routing, slot + lane, end_slot);
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const int64_t row = __shfl_sync(kAllLanes, lane_row, first + k);
+        if (row >= 0 && i < packets) store_global(rows + row * packets + i, value);
+      }
     }
-    for (int64_t row = first_slot; row < first_slot + routing.top_k; ++row) {
-      if (row >= executed) store_global(rows + row * packets + i, Packet<bytes>{});
+  }
+  for (int64_t row = executed > first_slot ? executed : first_slot; row < end_slot; ++row) {
+    for (int64_t i = threadIdx.x; i < packets; i += blockDim.x) {
+      store_global(rows + row * packets + i, Packet<bytes>{});
     }
   }
 }
@@ -32,8 +46,7 @@ template <int bytes>
 void launch_permute(const void* x, const Routing& routing, int64_t row_bytes, void* rows,
                     Stream stream) {
   const int64_t packets = row_bytes / bytes;
-  const int threads = static_cast<int>(std::clamp<int64_t>(ceil_div(packets, 32) * 32, 32, 256));
-  launch({"permute", routing.num_tokens, threads}, stream, permute_kernel<bytes>,
+  launch({"permute", routing.num_tokens, threads_per_row(packets)}, stream, permute_kernel<bytes>,
          static_cast<const Packet<bytes>*>(x), routing, packets, static_cast<Packet<bytes>*>(rows));
 }
 
