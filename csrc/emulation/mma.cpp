@@ -11,6 +11,12 @@ namespace {
 
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
+void expect_all_lanes(const Warp& warp) {
+  if (warp.participants[fiber().lane] != kAllLanes) {
+    fail("lanes that have exited miss an instruction of the whole warp");
+  }
+}
+
 /// Element (row, column) of the matrix whose rows lanes first_lane... named.
 uint32_t element(const Warp& warp, int first_lane, int row, int column) {
   uint16_t bits;
@@ -18,7 +24,46 @@ uint32_t element(const Warp& warp, int first_lane, int row, int column) {
   return bits;
 }
 
-uint16_t half_of(uint32_t word, int half) { return static_cast<uint16_t>(word >> (16 * half)); }
+/// What a lane brings to an mma.
+struct Operands {
+  float* sums;
+  const uint32_t* left;
+  const uint32_t* right;
+  bool is_done;
+};
+
+float half_of(uint32_t word, int half, float (*to_float)(uint16_t bits)) {
+  return to_float(static_cast<uint16_t>(word >> (16 * half)));
+}
+
+/// For all lanes: with g = lane / 4 and p = 2 (lane % 4), word i of left is elements
+/// (g + 8 (i % 2), p + 8 (i / 2) + {0, 1}), of right (p + 8 i + {0, 1}, g), and sums 2 i + {0, 1}
+/// are (g + 8 i, p + {0, 1}). Without sanitizers: this loop is where the tests of the matrix
+/// kernels spend their time.
+__attribute__((no_sanitize_address, no_sanitize_undefined)) void multiply_warp(
+    Operands* const (&lanes)[32], float (*to_float)(uint16_t bits)) {
+  float left[16][16], right[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int group = lane / 4, pair = 2 * (lane % 4);
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 4; ++i) {
+        left[group + i % 2 * 8][pair + i / 2 * 8 + half] =
+            half_of(lanes[lane]->left[i], half, to_float);
+      }
+      for (int i = 0; i < 2; ++i) {
+        right[pair + 8 * i + half][group] = half_of(lanes[lane]->right[i], half, to_float);
+      }
+    }
+  }
+  for (int row = 0; row < 16; ++row) {
+    float sums[8];
+    for (int c = 0; c < 8; ++c) sums[c] = lanes[row % 8 * 4 + c / 2]->sums[row / 8 * 2 + c % 2];
+    for (int k = 0; k < 16; ++k) {
+      for (int c = 0; c < 8; ++c) sums[c] += left[row][k] * right[k][c];
+    }
+    for (int c = 0; c < 8; ++c) lanes[row % 8 * 4 + c / 2]->sums[row / 8 * 2 + c % 2] = sums[c];
+  }
+}
 
 }  // namespace
 
@@ -28,6 +73,7 @@ void load_matrices(uint32_t (&registers)[4], const void* row, bool transposed, c
   }
   note_access(Access::kSharedLoad, row, 16, site);
   const Warp& warp = meet_with(kAllLanes, static_cast<const char*>(row));
+  expect_all_lanes(warp);
   const int line = fiber().lane / 4, pair = fiber().lane % 4 * 2;
   for (int matrix = 0; matrix < 4; ++matrix) {
     const int first = 8 * matrix;
@@ -41,31 +87,15 @@ void load_matrices(uint32_t (&registers)[4], const void* row, bool transposed, c
 
 void multiply_matrices(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2],
                        float (*to_float)(uint16_t bits)) {
-  const int group = fiber().lane / 4, member = fiber().lane % 4;
-  // left[2 h + g]: row group + 8 g, columns 8 h + 2 member + {0, 1}.
-  float left_rows[2][16], right_columns[2][16];
-  const std::array<uint32_t, 4> own_left = {left[0], left[1], left[2], left[3]};
-  const Warp& warp = meet_with(kAllLanes, own_left);
-  for (int k = 0; k < 16; ++k) {
-    const auto words = value_of<std::array<uint32_t, 4>>(warp, group * 4 + k % 8 / 2);
-    for (int g = 0; g < 2; ++g) left_rows[g][k] = to_float(half_of(words[k / 8 * 2 + g], k % 2));
-  }
-  // right[h]: rows 8 h + 2 member + {0, 1}, column group.
-  const std::array<uint32_t, 2> own_right = {right[0], right[1]};
-  meet_with(kAllLanes, own_right);
-  for (int k = 0; k < 16; ++k) {
-    for (int c = 0; c < 2; ++c) {
-      const int column = 2 * member + c;
-      const auto words = value_of<std::array<uint32_t, 2>>(warp, column * 4 + k % 8 / 2);
-      right_columns[c][k] = to_float(half_of(words[k / 8], k % 2));
-    }
-  }
-  // sums[2 g + c]: row group + 8 g, column 2 member + c.
-  for (int g = 0; g < 2; ++g) {
-    for (int c = 0; c < 2; ++c) {
-      for (int k = 0; k < 16; ++k) sums[2 * g + c] += left_rows[g][k] * right_columns[c][k];
-    }
-  }
+  Operands own = {sums, left, right, false};
+  const Warp& warp = meet_with(kAllLanes, &own);
+  if (own.is_done) return;
+  // The first lane that goes on does the work of all: the others still hold their operands.
+  expect_all_lanes(warp);
+  Operands* lanes[32];
+  for (int lane = 0; lane < 32; ++lane) lanes[lane] = value_of<Operands*>(warp, lane);
+  multiply_warp(lanes, to_float);
+  for (Operands* lane : lanes) lane->is_done = true;
 }
 
 }  // namespace fomoe::emulation

@@ -132,13 +132,13 @@ TEST(mma_multiplies_16_x_16_by_16_x_8) {
   CHECK_EQUAL(defect([&] { check(Float16{}); }), "nothing");
 }
 
-TEST(an_mma_that_some_lanes_miss_is_a_deadlock) {
-  CHECK(defect([] {
-          float sums[4] = {};
-          const uint32_t left[4] = {};
-          if (threadIdx.x != 7) multiply_add<BFloat16>(sums, left, 0, 0);
-          if (threadIdx.x == 7) __syncthreads();
-        }) != "nothing");
+TEST(lanes_that_have_exited_are_missed) {
+  CHECK(contains(defect([] {
+                   float sums[4] = {};
+                   const uint32_t left[4] = {};
+                   if (threadIdx.x != 7) multiply_add<BFloat16>(sums, left, 0, 0);
+                 }),
+                 "lanes that have exited miss an instruction of the whole warp"));
 }
 
 TEST(packs_two_rounded_numbers_into_a_word_the_first_in_the_lower_half) {
