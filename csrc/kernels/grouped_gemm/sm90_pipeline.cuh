@@ -4,6 +4,8 @@
 // each. Blocks are persistent: tile t, t + grid, ...; while a tile is stored, the next is loaded.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/tma.cuh"
 #include "cuda/wgmma.cuh"
 #include "grouped_gemm/products.h"
@@ -144,6 +146,13 @@ struct Rows {
     cp_async_16(shared, data + offset, exists ? 16 : 0);
   }
 };
+
+/// Kernels count tiles in 32 bits.
+inline void check_tiles(int64_t tiles) {
+  if (tiles <= INT32_MAX) return;
+  throw std::invalid_argument("fomoe: " + std::to_string(tiles) +
+                              " tiles of a product are too many");
+}
 
 inline Rows rows_of(const RowSource& source, int64_t width) {
   return {static_cast<const unsigned char*>(source.data), source.slots,

@@ -30,8 +30,8 @@ RowArguments row_arguments(const RowProduct& product, const ColumnTiles& columns
   RowArguments p = {};
   const bool is_shared = b.expert_stride == 0;
   p.steps = static_cast<int>(ceil_div(b.rows, kTileDepth));
-  if (b.rows > 0) p.b = map_experts(b, is_shared ? 1 : b.num_experts);
-  if (b.rows > 0 && product.source.slots == nullptr) {
+  p.b = map_experts(b, is_shared ? 1 : b.num_experts);
+  if (product.source.slots == nullptr) {
     p.a = make_tensor_map(b.dtype, product.source.data,
                           {{b.rows, 1, kTileDepth}, {product.source.count, b.rows, kTileRows}});
   }
@@ -48,6 +48,7 @@ RowArguments row_arguments(const RowProduct& product, const ColumnTiles& columns
 
 void multiply(const RowProduct& product, Stream stream) {
   if (product.num_rows == 0 || product.cols() == 0) return;
+  if (product.depth() == 0) return simple::multiply(product, stream);  // nothing to load
   switch (product.epilogue) {
     case Epilogue::kStore:
       return store(product, stream);

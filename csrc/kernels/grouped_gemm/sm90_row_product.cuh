@@ -209,15 +209,13 @@ template <template <typename> class EpilogueOf>
 void launch_row_product(const char* name, const RowProduct& product, const RowArguments& arguments,
                         Stream stream) {
   const int64_t tiles = product.tiles.most * arguments.col_tiles;
-  if (tiles > INT32_MAX) {
-    throw std::invalid_argument("fomoe: " + std::to_string(tiles) + " tiles are too many");
-  }
+  check_tiles(tiles);
   const auto run = [&](auto element, auto major) {
     using T = decltype(element);
     constexpr Major kMajor = decltype(major)::value;
-    const int64_t blocks = tiles < multiprocessor_count() ? tiles : multiprocessor_count();
-    launch({name, blocks, kThreads, sizeof(RowShared<EpilogueOf<T>>)}, stream,
-           row_product_kernel<T, kMajor, EpilogueOf>, arguments);
+    launch({name, std::min<int64_t>(tiles, multiprocessor_count()), kThreads,
+            sizeof(RowShared<EpilogueOf<T>>)},
+           stream, row_product_kernel<T, kMajor, EpilogueOf>, arguments);
   };
   const auto run_major = [&](auto element) {
     if (product.b.row_stride == 1) {
