@@ -6,6 +6,7 @@ set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
   grouped_gemm/simple.cu
   permute/permute_cuda.cu
   route/route_cuda.cu
+  topk_gate/topk_gate_backward_cuda.cu
   topk_gate/topk_gate_cuda.cu)
 set(FOMOE_CUDA_SM80_SOURCES      # sm_80 code and PTX only: Hopper has kernels of its own
   grouped_gemm/sm80_products.cu

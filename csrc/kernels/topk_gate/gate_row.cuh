@@ -59,16 +59,17 @@ inline int packet_bits_of(DType dtype, bool is_aligned) {
   return is_aligned ? std::countr_zero(static_cast<uint64_t>(16 / size_of(dtype))) : 0;
 }
 
-template <typename T, typename Real, typename Team>
-FOMOE_DEVICE void load_elements(const T* row, int num_experts, const Layout<Team>& layout,
-                                Real (&x)[kValues]) {
+/// `is_aligned`: to 16 bytes, and so is the layout's packet; `load` reads an element or a packet.
+template <typename T, typename Real, typename Team, typename Load>
+FOMOE_DEVICE void load_elements(const T* row, bool is_aligned, int num_experts,
+                                const Layout<Team>& layout, const Load& load, Real (&x)[kValues]) {
   constexpr int kCount = Elements<T>::kCount;
-  if (layout.packet_bits > 0) {
+  if (is_aligned) {
 #pragma unroll
     for (int j = 0; j < kValues; j += kCount) {
       const int expert = layout.expert(j);
       if (expert >= num_experts) continue;
-      const auto packet = load_global_once(reinterpret_cast<const Elements<T>*>(row + expert));
+      const auto packet = load(reinterpret_cast<const Elements<T>*>(row + expert));
 #pragma unroll
       for (int i = 0; i < kCount; ++i) x[j + i] = to_accumulate(packet.values[i]);
     }
@@ -77,15 +78,15 @@ FOMOE_DEVICE void load_elements(const T* row, int num_experts, const Layout<Team
 #pragma unroll
   for (int j = 0; j < kValues; ++j) {
     const int expert = layout.expert(j);
-    if (expert < num_experts) x[j] = to_accumulate(load_global_once(row + expert));
+    if (expert < num_experts) x[j] = to_accumulate(load(row + expert));
   }
 }
 
 template <typename T, typename Real, typename Team>
-FOMOE_DEVICE void store_elements(T* row, int num_experts, const Layout<Team>& layout,
-                                 const Real (&x)[kValues]) {
+FOMOE_DEVICE void store_elements(T* row, bool is_aligned, int num_experts,
+                                 const Layout<Team>& layout, const Real (&x)[kValues]) {
   constexpr int kCount = Elements<T>::kCount;
-  if (layout.packet_bits > 0) {
+  if (is_aligned) {
 #pragma unroll
     for (int j = 0; j < kValues; j += kCount) {
       const int expert = layout.expert(j);
@@ -126,14 +127,28 @@ FOMOE_DEVICE void load_row(const GateRows& rows, int64_t token, const Layout<Tea
 #pragma unroll
   for (int j = 0; j < kValues; ++j) x[j] = 0;
   if (token >= rows.num_tokens) return;
-  with_row<Real>(rows, token, [&](auto* row) { load_elements(row, rows.num_experts, layout, x); });
+  const auto load = [](const auto* address) { return load_global_once(address); };
+  with_row<Real>(rows, token, [&](auto* row) {
+    load_elements(row, layout.packet_bits > 0, rows.num_experts, layout, load, x);
+  });
 }
 
 template <typename Real, typename Team>
 FOMOE_DEVICE void store_row(const GateRows& rows, int64_t token, const Layout<Team>& layout,
                             const Real (&x)[kValues]) {
   if (token >= rows.num_tokens) return;
-  with_row<Real>(rows, token, [&](auto* row) { store_elements(row, rows.num_experts, layout, x); });
+  with_row<Real>(rows, token, [&](auto* row) {
+    store_elements(row, layout.packet_bits > 0, rows.num_experts, layout, x);
+  });
+}
+
+/// The values of an array over the experts that every token reads.
+template <typename Real, typename Team>
+FOMOE_DEVICE void load_shared_row(const Real* array, int num_experts, const Layout<Team>& layout,
+                                  Real (&x)[kValues]) {
+  const auto load = [](const auto* address) { return load_global(address); };
+  const bool is_aligned = layout.packet_bits > 0 && reinterpret_cast<uint64_t>(array) % 16 == 0;
+  load_elements(array, is_aligned, num_experts, layout, load, x);
 }
 
 /// The thread's values whose experts are eligible, as bits.

@@ -9,6 +9,7 @@
 namespace fomoe::cuda {
 
 constexpr int kValues = 16;
+constexpr int64_t kScratchBytes = 64;  // of a block, for BlockTeam's reductions
 
 /// 1, 2, 4, .. or 32 lanes; the teams of a warp run in step.
 struct WarpTeam {
@@ -47,7 +48,6 @@ struct WarpTeam {
 struct BlockTeam {
   static constexpr int kThreads = 256;
   static constexpr int kMostExperts = kThreads * kValues;
-  static constexpr int64_t kScratchBytes = kThreads / kWarpSize * sizeof(double);
 
   static int size_for(int64_t /*num_experts*/) { return kThreads; }
   static int teams_per_block(int /*size*/) { return 1; }

@@ -19,7 +19,7 @@ struct GateShared {
   template <typename Real, typename Team>
   void lay_out(const Gate& gate, int num_teams) {
     const int num_experts = static_cast<int>(gate.num_experts);
-    z_sums = take(64);  // after the scratch of BlockTeam
+    z_sums = take(kScratchBytes);
     counts = take(num_teams * static_cast<int64_t>(sizeof(double)));
     prob_sums = take(num_experts * static_cast<int64_t>(sizeof(int32_t)));
     const bool adds_teams = num_teams > 1;
@@ -60,10 +60,11 @@ template <typename Real, typename Team>
 FOMOE_DEVICE void fill_keys(const GateCall<Real>& call, const Layout<Team>& layout,
                             Eligible eligible, const Real (&x)[kValues],
                             const Real (&values)[kValues], Key<Real> (&keys)[kValues]) {
+  Real bias[kValues] = {};
+  if (call.bias) load_shared_row(call.bias, call.rows.num_experts, layout, bias);
 #pragma unroll
   for (int j = 0; j < kValues; ++j) {
-    Real score = call.of_sigmoid ? values[j] : x[j];
-    if (call.bias && eligible[j]) score = score + load_global(call.bias + layout.expert(j));
+    const Real score = (call.of_sigmoid ? values[j] : x[j]) + bias[j];
     keys[j] = eligible[j] ? key_of(score) : kNoKey<Real>;
   }
 }
