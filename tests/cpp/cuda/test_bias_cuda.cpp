@@ -100,7 +100,6 @@ void check_expert_sums(const Case& c, const Table& table) {
     }
     const samples::Array actual = expert_sums(c, table, gathered, values, weights);
     CHECK_ALL_CLOSE(actual.values(), expected, samples::tolerance(c.dtype));
-    CHECK(actual.bytes() == expert_sums(c, table, gathered, values, weights).bytes());
   }
 }
 
@@ -144,7 +143,6 @@ void check_weight_gradient(const Case& c, const Table& table, int64_t num_parts)
     }
     const samples::Array actual = weight_gradient(c, table, num_parts, parts, grad_y, b2);
     CHECK_ALL_CLOSE(actual.values(), expected, samples::tolerance(accumulate));
-    CHECK(actual.bytes() == weight_gradient(c, table, num_parts, parts, grad_y, b2).bytes());
     for (int64_t slot = 0; slot < num_rows; ++slot) {
       if (table.slot_to_row[slot] < 0) CHECK(actual.values()[slot] == 0.0);
     }
@@ -163,19 +161,28 @@ TEST(adds_up_the_rows_of_each_expert) {
 TEST(sums_are_right_for_every_dtype_width_and_alignment) {
   const Table table({3, 0, 17}, 12, 2);
   for (const DType dtype : samples::kAllDTypes) {
-    for (const int64_t width : {1, 6, 7, 264}) {
-      for (const int64_t misalignment : {0, 1}) {
-        check_expert_sums({dtype, width, misalignment}, table);
-        check_weight_gradient({dtype, width, misalignment}, table, 3);
-      }
+    for (const auto& [width, misalignment] : {std::pair{1, 0}, {7, 1}, {264, 0}, {264, 1}}) {
+      check_expert_sums({dtype, width, misalignment}, table);
+      check_weight_gradient({dtype, width, misalignment}, table, 3);
     }
   }
 }
 
 TEST(an_expert_may_have_many_tiles_or_none) {
-  check_expert_sums({DType::kBFloat16, 40}, Table({0, 129, 0, 2500, 128, 1}, 1000, 3));
-  check_expert_sums({DType::kFloat64, 3}, Table({3000}, 3000, 1));
+  check_expert_sums({DType::kBFloat16, 40}, Table({0, 129, 0, 1300, 128, 1}, 550, 3));
   check_weight_gradient({DType::kFloat32, 5}, Table({0, 129, 0, 128, 1}, 100, 3), 12);
+}
+
+TEST(gives_the_same_bits_every_time) {
+  const Table table({200, 3}, 110, 2);
+  const Case c = {DType::kBFloat16, 40};
+  const Values values = harness::random_values(220 * c.width, 1);
+  const auto sums = [&](bool gathered) {
+    return expert_sums(c, table, gathered, values, harness::random_values(220, 2)).bytes();
+  };
+  CHECK(sums(false) == sums(false) && sums(true) == sums(true));
+  const auto d_weights = [&] { return weight_gradient(c, table, 3, values, values, values); };
+  CHECK(d_weights().bytes() == d_weights().bytes());
 }
 
 TEST(no_rows_give_zero) {
