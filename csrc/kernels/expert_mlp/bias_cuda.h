@@ -26,8 +26,8 @@ struct ExpertSums {
 int64_t expert_sums_bytes(DType dtype, int64_t width, int64_t num_rows, int64_t num_experts);
 void sum_expert_rows(const ExpertSums& sums, void* workspace, Stream stream);
 
-/// d_weights[slot] = sum over i, ascending, of weight_parts[row of slot, i], plus
-/// <grad_y[token], b2[e]> if there is a b2; zero for a skipped slot.
+/// d_weights[slot] = sum over i, ascending, of weight_parts[row of slot, i]; plus <grad_y[token],
+/// b2[e]>, added up in a fixed order, if there is a b2; zero for a skipped slot.
 struct WeightGradient {
   DType dtype;
   const void* weight_parts;  // [R, num_parts] accumulation type
