@@ -3,6 +3,9 @@
 set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
   combine/combine_cuda.cu
   expert_mlp/bias_cuda.cu
+  expert_mlp/expert_mlp_cuda.cu
+  grouped_gemm/grouped_gemm_cuda.cu
+  grouped_gemm/products.cu
   grouped_gemm/row_tiles.cu
   grouped_gemm/simple.cu
   permute/permute_cuda.cu

@@ -176,7 +176,7 @@ FOMOE_DEVICE void store(const RowProduct& product, const RowTile& tile, const Co
 }
 
 template <typename T, Epilogue epilogue>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     row_product_kernel(const RowProduct product, const ColumnTiles columns) {
   using Real = Accumulate<T>;
   auto& shared = dynamic_shared<RowProductShared<T>>();
@@ -256,7 +256,7 @@ FOMOE_DEVICE void multiply_expert(const WeightProduct& product, const ExpertRows
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) weight_product_kernel(const WeightProduct product) {
+__global__ void __launch_bounds__(kThreads, 1) weight_product_kernel(const WeightProduct product) {
   auto& slice = dynamic_shared<Slice<Accumulate<T>>>();
   const int64_t col_tiles = ceil_div(product.out_cols, kCols);
   const int64_t tiles = ceil_div(product.out_rows, kRows) * col_tiles;
