@@ -1,91 +1,114 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cuda/on_device.h"
-#include "grouped_gemm/products.h"
+#include "cuda/product_cases.h"
+#ifdef FOMOE_EMULATION
+#include "counters.h"
+#endif
 
 namespace {
 
-using namespace fomoe::cuda;
-using fomoe::Activation;
-using fomoe::DType;
+using namespace product_cases;
+using fomoe::cuda::RowTile;
 
-struct Case {
-  DType dtype = DType::kBFloat16;
-  std::vector<int32_t> offsets = {0, 40, 40, 57};  // of the experts
-  int64_t num_rows = 60, depth = 40, cols = 72;
-  int64_t num_tokens = 30, top_k = 2;
-  bool gathered = true, along_depth = true, bias = true;
-  Epilogue epilogue = Epilogue::kStore;
-  Activation activation = Activation::kSwiglu;
+constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 
-  int64_t num_experts() const { return static_cast<int64_t>(offsets.size()) - 1; }
+const Family kSm80 = {
+    fomoe::cuda::sm80::num_weight_parts,
+    [](const RowProduct& product) { fomoe::cuda::sm80::multiply(product, nullptr); },
+    [](const WeightProduct& product) { fomoe::cuda::sm80::multiply(product, nullptr); }};
+
+}  // namespace
+
+TEST(rows_meet_the_matrices_of_their_experts) {
+  for (const DType dtype : kDTypes) check_all(kSm80, dtype, aligned_row_cases());
+}
+
+TEST(the_rows_of_each_expert_meet_each_other) {
+  for (const DType dtype : kDTypes) check_all(kSm80, dtype, aligned_weight_cases());
+}
+
+// Bands of 16 tiles of rows; the last has fewer.
+TEST(every_tile_is_taken_once_in_whatever_order) {
+  const Rows rows = {std::vector<int32_t>(19, 1)};
+  check(kSm80, DType::kBFloat16, {.rows = rows, .depth = 8, .cols = 264, .is_transposed = true});
+}
+
+TEST(the_parts_of_a_combine_weight_are_tiles_of_128_columns) {
+  CHECK_EQUAL(fomoe::cuda::sm80::num_weight_parts(128), 1);
+  CHECK_EQUAL(fomoe::cuda::sm80::num_weight_parts(136), 2);
+}
+
+#ifdef FOMOE_EMULATION
+
+namespace {
+
+using fomoe::emulation::KernelCounts;
+
+/// 130 + 70 rows of two experts, and one tile of columns.
+struct CountedProduct {
+  static constexpr int64_t kRows = 200, kRowTiles = 3, kDepth = 72, kCols = 128;
+
+  explicit CountedProduct(bool is_transposed) {
+    product.source = {source.data(), kRows, nullptr, 0};
+    product.b = {DType::kBFloat16, b.data(), 2, kDepth, kCols, kDepth * kCols, kCols, 1};
+    if (is_transposed) {
+      product.b.row_stride = 1;
+      product.b.col_stride = kDepth;
+    }
+    product.num_rows = kRows;
+    product.tiles = {tiles.data(), count.data(), kRowTiles};
+    product.out = out.data();
+  }
+
+  on_device::Array source{DType::kBFloat16, harness::random_values(kRows * kDepth, 1)};
+  on_device::Array b{DType::kBFloat16, harness::random_values(2 * kDepth * kCols, 2)};
+  on_device::Array out{DType::kBFloat16, kRows * kCols};
+  on_device::Vector<RowTile> tiles{
+      std::vector<RowTile>{{0, 0, 128, 0}, {0, 128, 130, 0}, {1, 130, 200, 0}}};
+  on_device::Vector<int32_t> count{std::vector<int32_t>{kRowTiles}};
+  RowProduct product = {};
 };
 
-std::vector<RowTile> tiles_of(const Case& c) {
-  std::vector<RowTile> tiles;
-  for (int32_t e = 0; e < c.num_experts(); ++e) {
-    for (int32_t begin = c.offsets[e]; begin < c.offsets[e + 1]; begin += kTileRows) {
-      tiles.push_back({e, begin, std::min(begin + kTileRows, c.offsets[e + 1]), 0});
-    }
-  }
-  return tiles;
-}
-
-std::vector<int32_t> random_slots(const Case& c) {
-  std::vector<int32_t> slots = samples::random_ids(c.num_rows, c.num_tokens * c.top_k, 3);
-  return slots;  // -1 here and there
-}
-
-void check_store(const Case& c) {
-  const int64_t source_rows = c.gathered ? c.num_tokens : c.num_rows, E = c.num_experts();
-  const on_device::Array source(c.dtype, harness::random_values(source_rows * c.depth, 1));
-  const on_device::Array b(c.dtype, harness::random_values(E * c.depth * c.cols, 2));
-  const on_device::Array bias(c.dtype, harness::random_values(E * c.cols, 4));
-  const std::vector<int32_t> slots = random_slots(c);
-  const on_device::Vector<int32_t> device_slots(slots);
-  const std::vector<RowTile> tiles = tiles_of(c);
-  const on_device::Vector<RowTile> device_tiles(tiles);
-  const on_device::Vector<int32_t> count(std::vector<int32_t>{static_cast<int32_t>(tiles.size())});
-  const on_device::Array out(c.dtype, c.num_rows * c.cols);
-  RowProduct product = {};
-  product.source = {source.data(), source_rows, c.gathered ? device_slots.data() : nullptr,
-                    c.top_k};
-  product.b = {c.dtype,
-               b.data(),
-               E,
-               c.depth,
-               c.cols,
-               c.depth * c.cols,
-               c.along_depth ? 1 : c.cols,
-               c.along_depth ? c.depth : 1};
-  product.bias = c.bias ? bias.data() : nullptr;
-  product.num_rows = c.num_rows;
-  product.tiles = {device_tiles.data(), count.data(), most_row_tiles(c.num_rows, E)};
-  product.out = out.data();
-  sm80::multiply(product, nullptr);
-
-  const auto x = source.values(), w = b.values(), beta = bias.values(), actual = out.values();
-  double worst = 0;
-  for (int64_t e = 0; e < E; ++e) {
-    for (int64_t r = c.offsets[e]; r < c.offsets[e + 1]; ++r) {
-      const int64_t row = !c.gathered ? r : slots[r] < 0 ? -1 : slots[r] / c.top_k;
-      for (int64_t n = 0; n < c.cols; ++n) {
-        double sum = c.bias ? beta[e * c.cols + n] : 0;
-        for (int64_t k = 0; k < c.depth && row >= 0; ++k) {
-          sum += x[row * c.depth + k] *
-                 w[e * c.depth * c.cols + k * product.b.row_stride + n * product.b.col_stride];
-        }
-        const double error = std::abs(actual[r * c.cols + n] - sum);
-        if (!(error <= worst)) worst = error;
-      }
-    }
-  }
-  CHECK_CLOSE(worst, 0.0, 2e-2);
+void check_no_bank_conflicts(const KernelCounts& counts) {
+  CHECK(counts.shared_loads.requests > 0);
+  CHECK_EQUAL(counts.shared_loads.conflicts, 0);
+  CHECK_EQUAL(counts.shared_stores.conflicts, 0);
 }
 
 }  // namespace
 
-TEST(stores) {
-  check_store({});
-  check_store({.along_depth = false});
-  check_store({.dtype = DType::kFloat16, .gathered = false, .bias = false});
+TEST(each_tile_reads_its_rows_and_its_columns_once_and_writes_16_bytes_at_a_time) {
+  using P = CountedProduct;
+  for (const bool is_transposed : {false, true}) {
+    const CountedProduct problem(is_transposed);
+    const auto counters = fomoe::emulation::count([&] { kSm80.multiply_rows(problem.product); });
+    CHECK_EQUAL(counters.size(), 1u);
+    const KernelCounts& counts = counters.at("sm80 multiply and store");
+    const auto source = counts.loads(problem.source.data(), P::kRows * P::kDepth * 2);
+    CHECK_EQUAL(source.bytes, P::kRows * P::kDepth * 2);
+    CHECK_EQUAL(source.distinct_bytes, source.bytes);
+    const auto b = counts.loads(problem.b.data(), 2 * P::kDepth * P::kCols * 2);
+    CHECK_EQUAL(b.bytes, P::kRowTiles * P::kDepth * P::kCols * 2);
+    const auto out = counts.stores(problem.out.data(), P::kRows * P::kCols * 2);
+    CHECK_EQUAL(out.bytes, P::kRows * P::kCols * 2);
+    CHECK_EQUAL(out.distinct_bytes, out.bytes);
+    CHECK_EQUAL(out.sectors * 32, out.bytes);
+    CHECK_EQUAL(counts.stores().bytes, out.bytes);
+    check_no_bank_conflicts(counts);
+  }
 }
+
+TEST(no_epilogue_and_no_sum_over_rows_has_bank_conflicts) {
+  RowCase problem = {.rows = {{40}, 2}, .depth = 40, .cols = 128};
+  WeightCase weights = {.rows = {{40}, 2}, .gathers_left = true, .out_rows = 128, .out_cols = 136};
+  const auto counters = fomoe::emulation::count([&] {
+    for (const Epilogue epilogue : {Epilogue::kActivate, Epilogue::kActivateBackward}) {
+      problem.epilogue = epilogue;
+      check(kSm80, DType::kBFloat16, problem);
+    }
+    check(kSm80, DType::kBFloat16, weights);
+  });
+  CHECK_EQUAL(counters.size(), 3u);
+  for (const auto& [kernel, counts] : counters) check_no_bank_conflicts(counts);
+}
+
+#endif
