@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/product_cases.h"
+#ifdef FOMOE_EMULATION
+#include "counters.h"
+#endif
 
 namespace {
 
