@@ -18,4 +18,9 @@ set(FOMOE_CUDA_SM80_SOURCES      # sm_80 code and PTX only: Hopper has kernels o
   grouped_gemm/sm80_rows_backward.cu
   grouped_gemm/sm80_rows_store.cu)
 set(FOMOE_CUDA_SM90_SOURCES      # sm_90a code only: wgmma, TMA
-  cuda/tensor_map.cu)
+  cuda/tensor_map.cu
+  grouped_gemm/sm90_products.cu
+  grouped_gemm/sm90_row_activate.cu
+  grouped_gemm/sm90_row_backward.cu
+  grouped_gemm/sm90_row_store.cu
+  grouped_gemm/sm90_weight_product.cu)
