@@ -26,5 +26,11 @@ target_compile_definitions(fomoe_torch_stable INTERFACE TORCH_TARGET_VERSION=0x0
 # Its headers put __FILE__ into error messages.
 target_compile_options(fomoe_torch_stable INTERFACE
   "-ffile-prefix-map=${FOMOE_TORCH_DIR}/include/=")
+# libtorch is needed for what it depends on: libtorch_cuda, if torch was built with CUDA, whose
+# symbols are otherwise out of this library's sight.
+set(libtorch "${FOMOE_TORCH_DIR}/lib/libtorch${CMAKE_SHARED_LIBRARY_SUFFIX}")
+if(NOT APPLE)
+  set(libtorch -Wl,--no-as-needed "${libtorch}" -Wl,--as-needed)
+endif()
 target_link_libraries(fomoe_torch_stable INTERFACE
-  "${FOMOE_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}")
+  "${FOMOE_TORCH_DIR}/lib/libtorch_cpu${CMAKE_SHARED_LIBRARY_SUFFIX}" ${libtorch})

@@ -30,7 +30,7 @@ Tensor empty_result(const Tensor& like, std::initializer_list<int64_t> sizes,
   constexpr int64_t kLarge = int64_t{4} << 20;  // two huge pages
   Tensor result = torch::stable::new_empty(like, sizes, dtype);
   const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size());
-  if (bytes >= kLarge) advise_huge_pages(result.mutable_data_ptr(), bytes);
+  if (bytes >= kLarge && result.is_cpu()) advise_huge_pages(result.mutable_data_ptr(), bytes);
   return result;
 }
 

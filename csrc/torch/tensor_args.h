@@ -109,7 +109,7 @@ inline void check_shape(const char* op, const char* name, const Tensor& tensor,
         "), got ", shape_of(tensor));
 }
 
-/// Values of a dense CPU tensor.
+/// Values of a dense tensor.
 template <typename T>
 inline const T* values_of(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());
@@ -119,9 +119,9 @@ inline T* values_of(Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-/// A dense CPU tensor that a kernel is about to write, of the dtype and device of `like` unless
-/// another dtype is given. A large one asks for huge pages: fresh memory is otherwise mapped page
-/// by page, which for the gradients of many small experts takes longer than computing them.
+/// A dense tensor that a kernel is about to write, of the dtype and device of `like` unless another
+/// dtype is given. A large one on the CPU asks for huge pages: fresh memory is otherwise mapped
+/// page by page, which for the gradients of many small experts takes longer than computing them.
 Tensor empty_result(const Tensor& like, std::initializer_list<int64_t> sizes,
                     std::optional<ScalarType> dtype = std::nullopt);
 
@@ -130,8 +130,8 @@ inline Tensor workspace_like(const Tensor& tensor, int64_t bytes) {
   return empty_result(tensor, {bytes}, ScalarType::Byte);
 }
 
-/// The routing tensors of `route`, checked against each other. They are made contiguous into
-/// `holder`, which must outlive the result.
+/// The routing tensors of `route`, their shapes checked against each other. They are made
+/// contiguous into `holder`, which must outlive the result.
 struct RoutingTensors {
   Tensor slot_to_row;
   Tensor row_to_slot;
@@ -150,15 +150,19 @@ inline Routing routing_of(const char* op, const Tensor& slot_to_row, const Tenso
         ": offsets must have shape (E_local + 1,), got ", shape_of(offsets));
   holder = {torch::stable::contiguous(slot_to_row), torch::stable::contiguous(row_to_slot),
             torch::stable::contiguous(offsets)};
-  const Routing routing = {values_of<int32_t>(holder.slot_to_row),
-                           values_of<int32_t>(holder.row_to_slot),
-                           values_of<int32_t>(holder.offsets),
-                           num_tokens,
-                           top_k,
-                           offsets.size(0) - 1};
+  return {values_of<int32_t>(holder.slot_to_row),
+          values_of<int32_t>(holder.row_to_slot),
+          values_of<int32_t>(holder.offsets),
+          num_tokens,
+          top_k,
+          offsets.size(0) - 1};
+}
+
+/// Checks the indices of a routing on the CPU. On a CUDA device nobody looks at them: kernels there
+/// clamp them.
+inline void check_values(const char* op, const Routing& routing) {
   const char* defect = cpu::defect_of(routing);
   check(!defect, "fomoe::", op, ": ", defect ? defect : "", "; use the result of fomoe::route");
-  return routing;
 }
 
 /// One matrix per expert. A tensor without a dense axis among the last two is copied into `holder`,
@@ -179,6 +183,11 @@ inline ExpertMatrices expert_matrices_of(const char* op, const char* name, const
           holder.stride(0),
           holder.stride(1),
           holder.stride(2)};
+}
+
+/// The stride along the axis that is not dense.
+inline int64_t leading_stride(const ExpertMatrices& matrices) {
+  return matrices.col_stride == 1 ? matrices.row_stride : matrices.col_stride;
 }
 
 }  // namespace fomoe::binding

@@ -4,12 +4,16 @@
 #include <optional>
 #include <tuple>
 
+#include "cuda_call.h"
 #include "tensor_args.h"
 
 namespace fomoe::binding {
 namespace {
 
 using OptionalTensor = std::optional<Tensor>;
+
+constexpr const char* kOp = "topk_gate";
+constexpr const char* kBackward = "topk_gate_backward";
 
 Gate gate_of(const char* op, const Tensor& logits, int64_t top_k, int64_t score, bool renormalize,
              double scale, bool score_after_top_k) {
@@ -58,15 +62,87 @@ const bool* dense_mask(const char* op, OptionalTensor& resident, const Gate& gat
 }
 
 /// Each id must be -1 or that of an eligible expert.
-void check_ids(const char* op, const Gate& gate, const int32_t* ids, const bool* resident) {
+void check_ids(const Gate& gate, const int32_t* ids, const bool* resident) {
   const int64_t num_slots = gate.num_tokens * gate.top_k;
   const int64_t bad_slot = cpu::first_outside(ids, num_slots, -1, gate.num_experts);
-  check(bad_slot < 0, "fomoe::", op, ": ids must be in [-1, ", gate.num_experts, "), got ",
+  check(bad_slot < 0, "fomoe::", kBackward, ": ids must be in [-1, ", gate.num_experts, "), got ",
         bad_slot < 0 ? 0 : ids[bad_slot], " at slot ", bad_slot);
   for (int64_t slot = 0; slot < num_slots && resident; ++slot) {
-    check(ids[slot] < 0 || resident[ids[slot]], "fomoe::", op,
+    check(ids[slot] < 0 || resident[ids[slot]], "fomoe::", kBackward,
           ": ids must be resident experts, got ", ids[slot], " at slot ", slot);
   }
+}
+
+/// What the ops are called with besides tensors.
+struct GateSettings {
+  int64_t top_k;
+  int64_t score;
+  bool score_after_top_k;
+  int64_t num_groups;
+  int64_t top_k_groups;
+  int64_t group_score;
+  bool renormalize;
+  double scale;
+};
+
+/// Checks and allocates; run(dtype, gate, input, result).
+template <typename Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate(const Tensor& logits,
+                                                             OptionalTensor bias,
+                                                             OptionalTensor resident,
+                                                             const GateSettings& settings,
+                                                             Run run) {
+  const DType dtype = float_dtype(kOp, "logits", logits);
+  Gate gate = gate_of(kOp, logits, settings.top_k, settings.score, settings.renormalize,
+                      settings.scale, settings.score_after_top_k);
+  set_groups(gate, settings.num_groups, settings.top_k_groups, settings.group_score);
+  const ScalarType sum_type = accumulate_type(logits.scalar_type());
+  const Tensor dense = torch::stable::contiguous(logits);
+  const GateInput input = {dense.const_data_ptr(),
+                           dense_data(kOp, "bias", bias, sum_type, {gate.num_experts}, "(E,)"),
+                           dense_mask(kOp, resident, gate)};
+
+  using torch::stable::new_empty;
+  Tensor ids = new_empty(logits, {gate.num_tokens, gate.top_k}, ScalarType::Int);
+  Tensor weights = new_empty(logits, {gate.num_tokens, gate.top_k}, sum_type);
+  Tensor counts = new_empty(logits, {gate.num_experts}, ScalarType::Long);
+  Tensor prob_sum = new_empty(logits, {gate.num_experts}, sum_type);
+  Tensor z_sum = new_empty(logits, {}, sum_type);
+  run(dtype, gate, input,
+      GateResult{values_of<int32_t>(ids), weights.mutable_data_ptr(), values_of<int64_t>(counts),
+                 prob_sum.mutable_data_ptr(), z_sum.mutable_data_ptr()});
+  return {weights, prob_sum, z_sum, ids, counts};
+}
+
+/// The gradients of the outputs that have one.
+struct GateGradientTensors {
+  OptionalTensor weights, prob_sum, z_sum;
+};
+
+/// Checks and allocates; run(dtype, gate, input, ids, gradient, grad_logits).
+template <typename Run>
+Tensor topk_gate_backward(GateGradientTensors gradients, const Tensor& logits,
+                          OptionalTensor resident, const Tensor& ids, int64_t score,
+                          bool score_after_top_k, bool renormalize, double scale, Run run) {
+  const DType dtype = float_dtype(kBackward, "logits", logits);
+  check_dtype(kBackward, "ids", ids, ScalarType::Int);
+  check_shape(kBackward, "ids", ids, {-1, -1}, "(T, K)");
+  const Gate gate =
+      gate_of(kBackward, logits, ids.size(1), score, renormalize, scale, score_after_top_k);
+  check_shape(kBackward, "ids", ids, {gate.num_tokens, gate.top_k}, "(T, K)");
+  const Tensor dense = torch::stable::contiguous(logits);
+  const GateInput input = {dense.const_data_ptr(), nullptr, dense_mask(kBackward, resident, gate)};
+  const Tensor dense_ids = torch::stable::contiguous(ids);
+
+  const ScalarType type = accumulate_type(logits.scalar_type());
+  const GateGradient gradient = {
+      dense_data(kBackward, "grad_weights", gradients.weights, type, {gate.num_tokens, gate.top_k},
+                 "(T, K)"),
+      dense_data(kBackward, "grad_prob_sum", gradients.prob_sum, type, {gate.num_experts}, "(E,)"),
+      dense_data(kBackward, "grad_z_sum", gradients.z_sum, type, {}, "()")};
+  Tensor grad_logits = torch::stable::new_empty(logits, {gate.num_tokens, gate.num_experts});
+  run(dtype, gate, input, values_of<int32_t>(dense_ids), gradient, grad_logits.mutable_data_ptr());
+  return grad_logits;
 }
 
 }  // namespace
@@ -75,56 +151,68 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cpu(
     const Tensor& logits, OptionalTensor bias, OptionalTensor resident, int64_t top_k,
     int64_t score, bool score_after_top_k, int64_t num_groups, int64_t top_k_groups,
     int64_t group_score, bool renormalize, double scale) {
-  const char* op = "topk_gate";
   adopt_num_threads();
-  const DType dtype = float_dtype(op, "logits", logits);
-  Gate gate = gate_of(op, logits, top_k, score, renormalize, scale, score_after_top_k);
-  set_groups(gate, num_groups, top_k_groups, group_score);
-  const ScalarType sum_type = accumulate_type(logits.scalar_type());
-  const Tensor dense = torch::stable::contiguous(logits);
-  const GateInput input = {dense.const_data_ptr(),
-                           dense_data(op, "bias", bias, sum_type, {gate.num_experts}, "(E,)"),
-                           dense_mask(op, resident, gate)};
+  const GateSettings settings = {top_k,        score,       score_after_top_k, num_groups,
+                                 top_k_groups, group_score, renormalize,       scale};
+  return topk_gate(
+      logits, bias, resident, settings,
+      [&](DType dtype, const Gate& gate, const GateInput& input, const GateResult& result) {
+        Tensor workspace = workspace_like(logits, cpu::topk_gate_workspace_bytes(dtype, gate));
+        cpu::topk_gate(dtype, gate, input, result, workspace.mutable_data_ptr());
+      });
+}
 
-  using torch::stable::new_empty;
-  Tensor ids = new_empty(logits, {gate.num_tokens, top_k}, ScalarType::Int);
-  Tensor weights = new_empty(logits, {gate.num_tokens, top_k}, sum_type);
-  Tensor counts = new_empty(logits, {gate.num_experts}, ScalarType::Long);
-  Tensor prob_sum = new_empty(logits, {gate.num_experts}, sum_type);
-  Tensor z_sum = new_empty(logits, {}, sum_type);
-  Tensor workspace = workspace_like(logits, cpu::topk_gate_workspace_bytes(dtype, gate));
-  const GateResult result = {values_of<int32_t>(ids), weights.mutable_data_ptr(),
-                             values_of<int64_t>(counts), prob_sum.mutable_data_ptr(),
-                             z_sum.mutable_data_ptr()};
-  cpu::topk_gate(dtype, gate, input, result, workspace.mutable_data_ptr());
-  return {weights, prob_sum, z_sum, ids, counts};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> topk_gate_cuda(
+    const Tensor& logits, OptionalTensor bias, OptionalTensor resident, int64_t top_k,
+    int64_t score, bool score_after_top_k, int64_t num_groups, int64_t top_k_groups,
+    int64_t group_score, bool renormalize, double scale) {
+  const CudaCall call(kOp, {{"logits", logits}, {"bias", bias}, {"resident", resident}});
+  const GateSettings settings = {top_k,        score,       score_after_top_k, num_groups,
+                                 top_k_groups, group_score, renormalize,       scale};
+  return topk_gate(
+      logits, bias, resident, settings,
+      [&](DType dtype, const Gate& gate, const GateInput& input, const GateResult& result) {
+        if constexpr (kHasCudaKernels) {
+          Tensor workspace = workspace_like(logits, cuda::topk_gate_workspace_bytes(dtype, gate));
+          cuda::topk_gate(dtype, gate, input, result, workspace.mutable_data_ptr(), call.stream());
+        }
+      });
 }
 
 Tensor topk_gate_backward_cpu(OptionalTensor grad_weights, OptionalTensor grad_prob_sum,
                               OptionalTensor grad_z_sum, const Tensor& logits,
                               OptionalTensor resident, const Tensor& ids, int64_t score,
                               bool score_after_top_k, bool renormalize, double scale) {
-  const char* op = "topk_gate_backward";
   adopt_num_threads();
-  const DType dtype = float_dtype(op, "logits", logits);
-  check_dtype(op, "ids", ids, ScalarType::Int);
-  check_shape(op, "ids", ids, {-1, -1}, "(T, K)");
-  const Gate gate = gate_of(op, logits, ids.size(1), score, renormalize, scale, score_after_top_k);
-  check_shape(op, "ids", ids, {gate.num_tokens, gate.top_k}, "(T, K)");
-  const Tensor dense = torch::stable::contiguous(logits);
-  const GateInput input = {dense.const_data_ptr(), nullptr, dense_mask(op, resident, gate)};
-  const Tensor dense_ids = torch::stable::contiguous(ids);
-  check_ids(op, gate, values_of<int32_t>(dense_ids), input.resident);
+  return topk_gate_backward({grad_weights, grad_prob_sum, grad_z_sum}, logits, resident, ids, score,
+                            score_after_top_k, renormalize, scale,
+                            [](DType dtype, const Gate& gate, const GateInput& input,
+                               const int32_t* chosen, auto... rest) {
+                              check_ids(gate, chosen, input.resident);
+                              cpu::topk_gate_backward(dtype, gate, input, chosen, rest...);
+                            });
+}
 
-  const ScalarType type = accumulate_type(logits.scalar_type());
-  const GateGradient gradient = {
-      dense_data(op, "grad_weights", grad_weights, type, {gate.num_tokens, gate.top_k}, "(T, K)"),
-      dense_data(op, "grad_prob_sum", grad_prob_sum, type, {gate.num_experts}, "(E,)"),
-      dense_data(op, "grad_z_sum", grad_z_sum, type, {}, "()")};
-  Tensor grad_logits = torch::stable::new_empty(logits, {gate.num_tokens, gate.num_experts});
-  cpu::topk_gate_backward(dtype, gate, input, values_of<int32_t>(dense_ids), gradient,
-                          grad_logits.mutable_data_ptr());
-  return grad_logits;
+Tensor topk_gate_backward_cuda(OptionalTensor grad_weights, OptionalTensor grad_prob_sum,
+                               OptionalTensor grad_z_sum, const Tensor& logits,
+                               OptionalTensor resident, const Tensor& ids, int64_t score,
+                               bool score_after_top_k, bool renormalize, double scale) {
+  const CudaCall call(kBackward, {{"logits", logits},
+                                  {"resident", resident},
+                                  {"ids", ids},
+                                  {"grad_weights", grad_weights},
+                                  {"grad_prob_sum", grad_prob_sum},
+                                  {"grad_z_sum", grad_z_sum}});
+  return topk_gate_backward(
+      {grad_weights, grad_prob_sum, grad_z_sum}, logits, resident, ids, score, score_after_top_k,
+      renormalize, scale, [&](DType dtype, const Gate& gate, auto... rest) {
+        if constexpr (kHasCudaKernels) {
+          Tensor workspace =
+              workspace_like(logits, cuda::topk_gate_backward_workspace_bytes(dtype, gate));
+          cuda::topk_gate_backward(dtype, gate, rest..., workspace.mutable_data_ptr(),
+                                   call.stream());
+        }
+      });
 }
 
 }  // namespace fomoe::binding
@@ -132,4 +220,8 @@ Tensor topk_gate_backward_cpu(OptionalTensor grad_weights, OptionalTensor grad_p
 STABLE_TORCH_LIBRARY_IMPL(fomoe, CPU, m) {
   m.impl("topk_gate", TORCH_BOX(&fomoe::binding::topk_gate_cpu));
   m.impl("topk_gate_backward", TORCH_BOX(&fomoe::binding::topk_gate_backward_cpu));
+}
+STABLE_TORCH_LIBRARY_IMPL(fomoe, CUDA, m) {
+  m.impl("topk_gate", TORCH_BOX(&fomoe::binding::topk_gate_cuda));
+  m.impl("topk_gate_backward", TORCH_BOX(&fomoe::binding::topk_gate_backward_cuda));
 }

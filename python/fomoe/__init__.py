@@ -17,7 +17,17 @@ from fomoe import (
     reference,
 )
 from fomoe._build import show_build
+from fomoe._dispatch import Dispatch, explain_dispatch
 from fomoe.nn import MoE, MoEConfig
 
 __version__ = "0.1.0"
-__all__ = ["MoE", "MoEConfig", "__version__", "ops", "reference", "show_build"]
+__all__ = [
+    "Dispatch",
+    "MoE",
+    "MoEConfig",
+    "__version__",
+    "explain_dispatch",
+    "ops",
+    "reference",
+    "show_build",
+]
