@@ -2,17 +2,7 @@
 // Which family of kernels computes a product.
 #include "grouped_gemm/products.h"
 
-#include <stdexcept>
-
 namespace fomoe::cuda {
-namespace {
-
-[[noreturn]] void refuse_sm90() {
-  throw std::runtime_error("fomoe: the sm90 matrix kernels are not part of this build");
-}
-
-}  // namespace
-
 int64_t num_weight_parts(KernelPath path, int64_t expert_dim) {
   switch (path) {
     case KernelPath::kSimple:
@@ -20,7 +10,7 @@ int64_t num_weight_parts(KernelPath path, int64_t expert_dim) {
     case KernelPath::kSm80:
       return sm80::num_weight_parts(expert_dim);
     case KernelPath::kSm90:
-      refuse_sm90();
+      return sm90::num_weight_parts(expert_dim);
   }
   return 0;
 }
@@ -32,7 +22,7 @@ void multiply(KernelPath path, const RowProduct& product, Stream stream) {
     case KernelPath::kSm80:
       return sm80::multiply(product, stream);
     case KernelPath::kSm90:
-      refuse_sm90();
+      return sm90::multiply(product, stream);
   }
 }
 
@@ -43,7 +33,7 @@ void multiply(KernelPath path, const WeightProduct& product, Stream stream) {
     case KernelPath::kSm80:
       return sm80::multiply(product, stream);
     case KernelPath::kSm90:
-      refuse_sm90();
+      return sm90::multiply(product, stream);
   }
 }
 
