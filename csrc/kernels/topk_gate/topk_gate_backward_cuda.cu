@@ -9,7 +9,7 @@
 namespace fomoe::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = 2112;  // 16 for each multiprocessor of an H200
+constexpr int64_t kMostBlocks = 528;  // 4 for each multiprocessor of an H200
 
 template <typename Real>
 struct BackwardCall {

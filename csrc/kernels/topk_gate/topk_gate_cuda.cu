@@ -11,7 +11,7 @@
 namespace fomoe::cuda {
 namespace {
 
-constexpr int64_t kMostBlocks = 1056;     // 8 for each multiprocessor of an H200
+constexpr int64_t kMostBlocks = 528;      // 4 for each multiprocessor of an H200
 constexpr int64_t kMostWarpChoices = 32;  // beyond it, sorting beats choosing one after the other
 
 /// A block's shared memory, as offsets in bytes.

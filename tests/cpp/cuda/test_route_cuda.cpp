@@ -2,6 +2,9 @@
 #include "fomoe/route.h"
 
 #include "cuda/on_device.h"
+#ifdef FOMOE_EMULATION
+#include "counters.h"
+#endif
 
 namespace {
 
@@ -116,6 +119,13 @@ TEST(wrong_ids_and_maps_count_as_missing) {
   }
 }
 
+TEST(the_same_call_gives_the_same_bits) {
+  const Ints ids = samples::random_ids(5000, 40, 5);
+  int32_t num_local = 0;
+  const Ints expert_map = map_with_ghosts(40, num_local);
+  CHECK(on_gpu(ids, expert_map, num_local, 90) == on_gpu(ids, expert_map, num_local, 90));
+}
+
 TEST(more_experts_than_the_tables_hold_are_refused) {
   bool is_refused = false;
   try {
@@ -125,3 +135,26 @@ TEST(more_experts_than_the_tables_hold_are_refused) {
   }
   CHECK(is_refused);
 }
+
+#ifdef FOMOE_EMULATION
+
+TEST(reads_the_ids_of_a_block_twice_and_writes_each_index_once) {
+  const int64_t num_slots = 1000, bytes = 4 * num_slots;
+  const on_device::Vector<int32_t> ids(samples::random_ids(num_slots, 8, 6));
+  const on_device::Vector<int32_t> expert_map(Ints{0, 1, 2, 3, 4, 5, 6, 7});
+  const on_device::Vector<int32_t> slot_to_row(num_slots), row_to_slot(num_slots), offsets(9);
+  const auto counters = fomoe::emulation::count([&] {
+    fomoe::cuda::route(ids.data(), num_slots, expert_map.data(), 8, 8, fomoe::kDropless,
+                       slot_to_row.data(), row_to_slot.data(), offsets.data(), nullptr, nullptr);
+  });
+  CHECK_EQUAL(counters.size(), 1u);
+  const auto& counts = counters.at("route_scatter");
+  CHECK_EQUAL(counts.launches, 1);
+  CHECK_EQUAL(counts.loads(ids.data(), bytes).bytes, 2 * bytes);
+  CHECK_EQUAL(counts.stores(slot_to_row.data(), bytes).bytes, bytes);
+  CHECK_EQUAL(counts.stores(row_to_slot.data(), bytes).bytes, bytes);
+  CHECK_EQUAL(counts.stores(row_to_slot.data(), bytes).distinct_bytes, bytes);
+  CHECK_EQUAL(counts.stores().bytes, 2 * bytes + 4 * 9);
+}
+
+#endif

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/gate_samples.h"
+#ifdef FOMOE_EMULATION
+#include "counters.h"
+#endif
 
 using namespace gate_samples;
 
@@ -161,3 +164,35 @@ TEST(no_tokens_have_no_gradient) {
     CHECK_EQUAL(gradient_on_gpu(gate, {DType::kBFloat16, {}, {}, {}}, {}, {}), Values());
   }
 }
+
+#ifdef FOMOE_EMULATION
+
+// T E logits and T K ids and gradients in, T E gradients out.
+TEST(reads_each_logit_once_and_writes_each_gradient_once) {
+  for (const int64_t num_experts : {64, 256, 1024}) {
+    const Gate gate = {37, num_experts, 8, GateScore::kSoftmax, false, 1};
+    const int64_t num_slots = 37 * 8, row_bytes = 4 * 37 * num_experts;
+    const on_device::Array logits(DType::kFloat32, harness::random_values(37 * num_experts, 1)),
+        d_weights(DType::kFloat32, harness::random_values(num_slots, 2)),
+        d_logits(DType::kFloat32, 37 * num_experts);
+    const on_device::Vector<int32_t> ids(samples::random_ids(num_slots, 64, 3));
+    const auto counters = fomoe::emulation::count([&] {
+      fomoe::cuda::topk_gate_backward(DType::kFloat32, gate, {logits.data()}, ids.data(),
+                                      {d_weights.data(), nullptr, nullptr}, d_logits.data(),
+                                      nullptr, nullptr);
+    });
+    CHECK_EQUAL(counters.size(), 1u);
+    const auto& counts = counters.at("topk_gate_backward");
+    const auto read = counts.loads(logits.data(), row_bytes);
+    CHECK_EQUAL(read.bytes, row_bytes);
+    CHECK_EQUAL(read.distinct_bytes, row_bytes);
+    CHECK_EQUAL(read.sectors * 32, row_bytes);
+    CHECK_EQUAL(counts.loads(ids.data(), 4 * num_slots).bytes, 4 * num_slots);
+    CHECK(counts.loads(d_weights.data(), 4 * num_slots).bytes <= 4 * num_slots);
+    CHECK_EQUAL(counts.stores().bytes, row_bytes);
+    CHECK_EQUAL(counts.stores().distinct_bytes, row_bytes);
+    CHECK_EQUAL(counts.stores().sectors * 32, row_bytes);
+  }
+}
+
+#endif

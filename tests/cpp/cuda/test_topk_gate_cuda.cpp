@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/gate_samples.h"
+#ifdef FOMOE_EMULATION
+#include "counters.h"
+#endif
 
 using namespace gate_samples;
 
@@ -112,14 +115,10 @@ TEST(many_choices_equal_the_cpu) {
 }
 
 TEST(a_block_adds_up_many_tokens) {
-  std::mt19937 engine(5);
-  for (const int64_t num_experts : {8, 100, 600}) {
-    Gate gate = {2500, num_experts, 2, GateScore::kSoftmax, true, 1};
-    if (num_experts == 100) gate.num_tokens = 1100;
-    if (num_experts == 600) gate.num_tokens = 1060;
-    check_equals_cpu(
-        gate,
-        {DType::kFloat32, logits_of(Kind::kRandom, gate.num_tokens * num_experts, 6), {}, {}});
+  for (const auto& [num_tokens, num_experts] : {std::pair{140, 2}, {2130, 500}, {560, 600}}) {
+    const Gate gate = {num_tokens, num_experts, 2, GateScore::kSoftmax, true, 1};
+    const Values logits = logits_of(Kind::kRandom, gate.num_tokens * gate.num_experts, 6);
+    check_equals_cpu(gate, {DType::kFloat32, logits, {}, {}});
   }
 }
 
@@ -148,11 +147,51 @@ TEST(no_tokens_give_zero_sums) {
 
 TEST(the_same_call_gives_the_same_bits) {
   for (const int64_t num_experts : {64, 700}) {
-    const Gate gate = {150, num_experts, 8, GateScore::kSigmoid, true, 1};
-    const Input input = {DType::kFloat32, logits_of(Kind::kRandom, 150 * num_experts, 8), {}, {}};
+    const Gate gate = {40, num_experts, 8, GateScore::kSigmoid, true, 1};
+    const Input input = {DType::kFloat32, logits_of(Kind::kRandom, 40 * num_experts, 8), {}, {}};
     const Result first = gated_on_gpu(gate, input), second = gated_on_gpu(gate, input);
     CHECK(first.ids == second.ids && first.weights == second.weights &&
           first.counts == second.counts && first.prob_sum == second.prob_sum &&
           first.z_sum == second.z_sum);
   }
 }
+
+#ifdef FOMOE_EMULATION
+
+// T E logits in; T K ids and weights out; and the sums over tokens.
+TEST(reads_each_logit_once_and_writes_each_choice_once) {
+  for (const int64_t num_experts : {64, 128, 256, 1024}) {
+    const Gate gate = {37, num_experts, 8, GateScore::kSoftmax, false, 1};
+    const int64_t num_slots = 37 * 8, logit_bytes = 4 * 37 * num_experts;
+    const on_device::Array logits(DType::kFloat32, harness::random_values(37 * num_experts, 1));
+    const on_device::Vector<int32_t> ids(num_slots);
+    const on_device::Vector<int64_t> counts(num_experts);
+    const on_device::Vector<float> weights(num_slots), prob_sum(num_experts), z_sum(1);
+    const on_device::Memory workspace(
+        fomoe::cuda::topk_gate_workspace_bytes(DType::kFloat32, gate));
+    const auto counters = fomoe::emulation::count([&] {
+      fomoe::cuda::topk_gate(
+          DType::kFloat32, gate, {logits.data()},
+          {ids.data(), weights.data(), counts.data(), prob_sum.data(), z_sum.data()},
+          workspace.data(), nullptr);
+    });
+    CHECK_EQUAL(counters.size(), 2u);  // the gate, and its sums
+    const auto& gate_counts = counters.at("topk_gate");
+    const auto& sum_counts = counters.at("topk_gate_sums");
+    CHECK_EQUAL(gate_counts.loads().bytes, logit_bytes);
+    CHECK_EQUAL(gate_counts.loads(logits.data(), logit_bytes).distinct_bytes, logit_bytes);
+    CHECK_EQUAL(gate_counts.loads().sectors * 32, logit_bytes);
+    const auto written_ids = gate_counts.stores(ids.data(), 4 * num_slots);
+    const auto written_weights = gate_counts.stores(weights.data(), 4 * num_slots);
+    CHECK_EQUAL(written_ids.bytes, 4 * num_slots);
+    CHECK_EQUAL(written_ids.distinct_bytes, 4 * num_slots);
+    CHECK_EQUAL(written_weights.bytes, 4 * num_slots);
+    CHECK_EQUAL(written_weights.distinct_bytes, 4 * num_slots);
+    const int64_t block_sums = gate_counts.stores().bytes - 8 * num_slots;
+    CHECK_EQUAL(block_sums, gate_counts.blocks * (8 * num_experts + 8));
+    CHECK_EQUAL(sum_counts.loads().bytes, block_sums);
+    CHECK_EQUAL(sum_counts.stores().bytes, 12 * num_experts + 4);
+  }
+}
+
+#endif
