@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block owns one token. Forward: it gathers the token's rows in ascending k and writes y once.
-// Backward: it reads the token's gradient once, and each of its rows once, for both the row's
+// Some warps own one token. Forward: they gather the token's rows in ascending k and write y once.
+// Backward: they read the token's gradient once, and each of its rows once, for both the row's
 // gradient and the weight's. kInFlight rows are loaded before the first is used.
 #include "cuda/device.cuh"
 #include "cuda/elements.cuh"
@@ -43,16 +43,18 @@ FOMOE_DEVICE void load_rows(const Elements<T, count>* rows, int64_t accesses, in
 }
 
 template <typename T, int count>
-__global__ void __launch_bounds__(kMostThreads, 2)
+__global__ void __launch_bounds__(kMostThreads, 3)
     combine_kernel(const Elements<T, count>* rows, const Accumulate<T>* weights, Routing routing,
-                   int64_t accesses, Elements<T, count>* y) {
+                   int64_t accesses, RowShape shape, Elements<T, count>* y) {
   using Real = Accumulate<T>;
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t token = blockIdx.x, first_slot = token * routing.top_k;
+  const int thread = threadIdx.x % shape.threads_per_row, lane = threadIdx.x % kWarpSize;
+  const int64_t token = shape.own_row();
+  if (token >= routing.num_tokens) return;
+  const int64_t first_slot = token * routing.top_k;
   const int64_t end_slot = first_slot + routing.top_k;
   LanePath<Real> path = load_path(routing, weights, first_slot + lane, end_slot);
-  for (int64_t turn = 0; turn < accesses; turn += blockDim.x) {
-    const int64_t i = turn + threadIdx.x;
+  for (int64_t turn = 0; turn < accesses; turn += shape.threads_per_row) {
+    const int64_t i = turn + thread;
     Real sums[count] = {};
     for (int64_t slot = first_slot; slot < end_slot; slot += kInFlight) {
       const int first = static_cast<int>((slot - first_slot) % kWarpSize);
@@ -105,15 +107,19 @@ template <typename T, int count>
 __global__ void __launch_bounds__(kMostThreads, 2)
     combine_backward_kernel(const Elements<T, count>* grad_y, const Elements<T, count>* rows,
                             const Accumulate<T>* weights, Routing routing, int64_t accesses,
-                            Elements<T, count>* d_rows, Accumulate<T>* d_weights) {
+                            RowShape shape, Elements<T, count>* d_rows, Accumulate<T>* d_weights) {
   using Real = Accumulate<T>;
   auto& shared = dynamic_shared<BackwardShared<Real>>();
-  const int thread = threadIdx.x, threads = blockDim.x;
-  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
-  const int64_t token = blockIdx.x, first_slot = token * routing.top_k;
-  const int64_t end_slot = first_slot + routing.top_k;
-  for (int64_t slot = first_slot; slot < end_slot; slot += kWarpSize) {
-    const int slots = end_slot - slot < kWarpSize ? static_cast<int>(end_slot - slot) : kWarpSize;
+  const int threads = shape.threads_per_row, thread = threadIdx.x % threads;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t token = shape.own_row(), first_slot = token * routing.top_k;
+  // All threads of the block meet at its barriers, so that none leaves it without a token.
+  const int64_t num_slots = token < routing.num_tokens ? routing.top_k : 0;
+  const int64_t end_slot = first_slot + num_slots;
+  for (int64_t k = 0; k < routing.top_k; k += kWarpSize) {
+    const int64_t slot = first_slot + k;
+    const int64_t left = num_slots - k;
+    const int slots = left > kWarpSize ? kWarpSize : left > 0 ? static_cast<int>(left) : 0;
     const LanePath<Real> path = load_path(routing, weights, slot + lane, end_slot);
     store_shared(&shared.dots[warp][lane], Real(0));
     __syncwarp();
@@ -130,14 +136,14 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         }
         Real dots[kInFlight] = {};
 #pragma unroll
-        for (int k = 0; k < kInFlight; ++k) {
-          const int64_t row = __shfl_sync(kAllLanes, path.row, first + k);
-          const Real weight = __shfl_sync(kAllLanes, path.weight, first + k);
+        for (int j = 0; j < kInFlight; ++j) {
+          const int64_t row = __shfl_sync(kAllLanes, path.row, first + j);
+          const Real weight = __shfl_sync(kAllLanes, path.weight, first + j);
           Real values[count], scaled[count];
-          widen(loaded[k], values);
+          widen(loaded[j], values);
 #pragma unroll
           for (int c = 0; c < count; ++c) {
-            dots[k] += grad[c] * values[c];
+            dots[j] += grad[c] * values[c];
             scaled[c] = weight * grad[c];
           }
           if (row >= 0 && i < accesses) {
@@ -151,15 +157,16 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     }
     __syncthreads();
 
-    if (warp == 0 && lane < slots) {
+    if (thread < slots) {
       Real sum = 0;
-      for (int w = 0; w < threads / kWarpSize; ++w) sum += load_shared(&shared.dots[w][lane]);
+      for (int w = 0; w < threads / kWarpSize; ++w)
+        sum += load_shared(&shared.dots[warp + w][lane]);
       store_global(d_weights + slot + lane, path.row < 0 ? Real(0) : sum);
     }
     __syncthreads();
   }
 
-  // The rows past the last executed one are shared out evenly, K to a block.
+  // The rows past the last executed one are shared out evenly, K to a token.
   const int64_t executed = load_global(routing.offsets + routing.num_local_experts);
   for (int64_t row = executed > first_slot ? executed : first_slot; row < end_slot; ++row) {
     for (int64_t i = thread; i < accesses; i += threads) {
@@ -180,9 +187,10 @@ void combine(DType dtype, const void* rows, const void* weights, const Routing& 
     with_elements_per_access<T>(widest, [&](auto count) {
       using Access = Elements<T, count>;
       const int64_t accesses = width / count;
-      launch({"combine", routing.num_tokens, threads_per_row(accesses)}, stream,
+      const RowShape shape(accesses);
+      launch({"combine", shape.blocks(routing.num_tokens), shape.threads()}, stream,
              combine_kernel<T, count>, static_cast<const Access*>(rows),
-             static_cast<const Accumulate<T>*>(weights), routing, accesses,
+             static_cast<const Accumulate<T>*>(weights), routing, accesses, shape,
              static_cast<Access*>(y));
     });
   });
@@ -199,11 +207,12 @@ void combine_backward(DType dtype, const void* grad_y, const void* rows, const v
     with_elements_per_access<T>(widest, [&](auto count) {
       using Access = Elements<T, count>;
       const int64_t accesses = width / count;
-      launch({"combine_backward", routing.num_tokens, threads_per_row(accesses),
+      const RowShape shape(accesses);
+      launch({"combine_backward", shape.blocks(routing.num_tokens), shape.threads(),
               sizeof(BackwardShared<Real>)},
              stream, combine_backward_kernel<T, count>, static_cast<const Access*>(grad_y),
              static_cast<const Access*>(rows), static_cast<const Real*>(weights), routing, accesses,
-             static_cast<Access*>(d_rows), static_cast<Real*>(d_weights));
+             shape, static_cast<Access*>(d_rows), static_cast<Real*>(d_weights));
     });
   });
 }

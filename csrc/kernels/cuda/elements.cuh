@@ -72,12 +72,26 @@ inline void with_elements_per_access(int widest, const Function& function) {
   function(std::integral_constant<int, 1>{});
 }
 
-/// Threads of a block that takes a row of `accesses` in as few equal turns as possible.
-inline int threads_per_row(int64_t accesses) {
-  constexpr int64_t kMost = 256;
-  const int64_t turns = std::max<int64_t>(1, ceil_div(accesses, kMost));
-  const int64_t warps = ceil_div(ceil_div(accesses, turns), kWarpSize);
-  return static_cast<int>(std::max<int64_t>(1, warps)) * kWarpSize;
-}
+/// How blocks of at most 256 threads take rows of `accesses` accesses: whole warps per row, in as
+/// few equal turns as possible, and several short rows per block.
+struct RowShape {
+  int threads_per_row, rows_per_block;
+
+  explicit RowShape(int64_t accesses) {
+    constexpr int64_t kMostThreads = 256;
+    const int64_t turns = std::max<int64_t>(1, ceil_div(accesses, kMostThreads));
+    const int64_t warps = std::max<int64_t>(1, ceil_div(ceil_div(accesses, turns), kWarpSize));
+    threads_per_row = static_cast<int>(warps) * kWarpSize;
+    rows_per_block = static_cast<int>(kMostThreads) / threads_per_row;
+  }
+
+  int64_t blocks(int64_t num_rows) const { return ceil_div(num_rows, rows_per_block); }
+  int threads() const { return threads_per_row * rows_per_block; }
+
+  /// Of the calling thread; in the last block there may be no such row.
+  FOMOE_DEVICE int64_t own_row() const {
+    return blockIdx.x * static_cast<int64_t>(rows_per_block) + threadIdx.x / threads_per_row;
+  }
+};
 
 }  // namespace fomoe::cuda

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block owns one token: it reads the token's row once and writes it to the rows of its K slots.
-// The rows past the last executed one are shared out evenly, K to a block, and zeroed.
+// Some warps own one token: they read the token's row once and write it to the rows of its K slots.
+// The rows past the last executed one are shared out evenly, K to a token, and zeroed.
 #include "cuda/device.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/memory.cuh"
@@ -14,14 +14,17 @@ constexpr int kAtOnce = 8;
 
 template <int bytes>
 __global__ void __launch_bounds__(256)
-    permute_kernel(const Packet<bytes>* x, Routing routing, int64_t packets, Packet<bytes>* rows) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int64_t token = blockIdx.x, first_slot = token * routing.top_k;
+    permute_kernel(const Packet<bytes>* x, Routing routing, int64_t packets, RowShape shape,
+                   Packet<bytes>* rows) {
+  const int thread = threadIdx.x % shape.threads_per_row, lane = threadIdx.x % kWarpSize;
+  const int64_t token = shape.own_row();
+  if (token >= routing.num_tokens) return;
+  const int64_t first_slot = token * routing.top_k;
   const int64_t end_slot = first_slot + routing.top_k;
   const int64_t executed = load_global(routing.offsets + routing.num_local_experts);
   int32_t lane_row = row_of(routing, first_slot + lane, end_slot);
-  for (int64_t turn = 0; turn < packets; turn += blockDim.x) {
-    const int64_t i = turn + threadIdx.x;
+  for (int64_t turn = 0; turn < packets; turn += shape.threads_per_row) {
+    const int64_t i = turn + thread;
     Packet<bytes> value = {};
     if (i < packets) value = load_global_once(x + token * packets + i);
     for (int64_t slot = first_slot; slot < end_slot; slot += kAtOnce) {
@@ -36,7 +39,7 @@ __global__ void __launch_bounds__(256)
     }
   }
   for (int64_t row = executed > first_slot ? executed : first_slot; row < end_slot; ++row) {
-    for (int64_t i = threadIdx.x; i < packets; i += blockDim.x) {
+    for (int64_t i = thread; i < packets; i += shape.threads_per_row) {
       store_global(rows + row * packets + i, Packet<bytes>{});
     }
   }
@@ -46,8 +49,10 @@ template <int bytes>
 void launch_permute(const void* x, const Routing& routing, int64_t row_bytes, void* rows,
                     Stream stream) {
   const int64_t packets = row_bytes / bytes;
-  launch({"permute", routing.num_tokens, threads_per_row(packets)}, stream, permute_kernel<bytes>,
-         static_cast<const Packet<bytes>*>(x), routing, packets, static_cast<Packet<bytes>*>(rows));
+  const RowShape shape(packets);
+  launch({"permute", shape.blocks(routing.num_tokens), shape.threads()}, stream,
+         permute_kernel<bytes>, static_cast<const Packet<bytes>*>(x), routing, packets, shape,
+         static_cast<Packet<bytes>*>(rows));
 }
 
 }  // namespace

@@ -50,6 +50,11 @@ TEST(takes_wide_rows_in_several_turns) {
   check_equals_cpu(DType::kFloat32, 2, 9, 600, 1);
 }
 
+TEST(short_rows_share_a_block) {
+  check_equals_cpu(DType::kBFloat16, 19, 3, 8, 0);
+  check_equals_cpu(DType::kFloat32, 5, 40, 4 * 33, 0);
+}
+
 TEST(accepts_any_number_of_experts_per_token) {
   for (const int64_t top_k : {1, 2, 8, 9, 10, 31, 32, 33, 70}) {
     check_equals_cpu(DType::kBFloat16, 3, top_k, 24, 0);
