@@ -47,7 +47,7 @@ RowArguments row_arguments(const RowProduct& product, const ColumnTiles& columns
 }
 
 void multiply(const RowProduct& product, Stream stream) {
-  if (product.num_rows == 0 || product.cols() == 0) return;
+  if (product.num_rows == 0 || product.b.num_experts == 0 || product.cols() == 0) return;
   if (product.depth() == 0) return simple::multiply(product, stream);  // nothing to load
   switch (product.epilogue) {
     case Epilogue::kStore:

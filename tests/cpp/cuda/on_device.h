@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "fomoe/dtype.h"
+#include "fomoe/kernel_path.h"
 #include "fomoe/routing.h"
 #include "samples.h"
 
@@ -87,6 +88,17 @@ class Array {
   DType dtype_;
   Memory memory_;
 };
+
+/// Every family of matrix kernels that can take the operands here: the simple ones, and those on
+/// tensor cores.
+inline std::vector<fomoe::KernelPath> paths_for(const fomoe::ProductOperands& operands) {
+  using fomoe::KernelPath;
+  if (fomoe::obstacle_to_tensor_cores(operands)) return {KernelPath::kSimple};
+  const int capability = fomoe::cuda_compute_capability();
+  const bool is_hopper = capability == 90 || capability == 0;  // 0: emulated
+  if (!is_hopper) return {KernelPath::kSimple, KernelPath::kSm80};
+  return {KernelPath::kSimple, KernelPath::kSm80, KernelPath::kSm90};
+}
 
 /// The tables of a routing.
 class Routing {

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <memory>
+
 #include "cuda/on_device.h"
 #include "expert_mlp_case.h"
 #include "fomoe/expert_mlp.h"
@@ -108,12 +110,9 @@ void check_against_the_reference(KernelPath path, const Case& sample, int64_t mi
   }
 }
 
-/// The simple kernels, and those on tensor cores where they can.
 std::vector<KernelPath> paths_for(const Case& sample) {
-  const fomoe::ProductOperands operands = {
-      sample.dtype, {}, {sample.mlp.dim(), sample.mlp.expert_dim(), sample.pre_dim}};
-  if (fomoe::obstacle_to_tensor_cores(operands)) return {KernelPath::kSimple};
-  return {KernelPath::kSimple, KernelPath::kSm80};
+  return on_device::paths_for(
+      {sample.dtype, {}, {sample.mlp.dim(), sample.mlp.expert_dim(), sample.pre_dim}});
 }
 
 void check_on_every_path(const Case& sample) {
