@@ -139,28 +139,57 @@ class ColumnsAcross {
   const char* next_;
 };
 
-/// Rows [begin, end) of the product as steps of depth, gathered from a source.
+/// Division of numbers below 2^31 by one that the host knows, without a division: the multiplier is
+/// 2^(31 + shift) / divisor, rounded up, where 2^shift >= divisor, so that the error stays below
+/// 1 / divisor.
+struct Quotient {
+  uint32_t multiplier;
+  int32_t shift;
+
+  FOMOE_DEVICE uint32_t operator()(uint32_t number) const {
+    return __umulhi(2 * number, multiplier) >> shift;
+  }
+};
+
+inline Quotient divided_by(int64_t divisor) {
+  int32_t shift = 0;
+  while (int64_t{1} << shift < divisor) ++shift;
+  return {static_cast<uint32_t>(ceil_div(int64_t{1} << (31 + shift), divisor)), shift};
+}
+
+/// A source whose rows are steps of depth.
+struct GatheredSource {
+  const void* data;
+  const int32_t* slots;
+  uint32_t count, width_bytes;
+  Quotient token_of;  // of a slot, or of a row where nothing is gathered
+};
+
+inline GatheredSource gathered(const RowSource& source, int64_t width) {
+  return {source.data, source.slots, static_cast<uint32_t>(source.count),
+          static_cast<uint32_t>(width * kElementBytes),
+          divided_by(source.slots == nullptr ? 1 : source.top_k)};
+}
+
+/// Rows [begin, end) of the product, gathered.
 class GatheredLines {
  public:
   /// offset: elements from the beginning of a row to this thread's chunk, or -1.
-  FOMOE_DEVICE GatheredLines(const RowSource& source, int64_t width, int64_t begin, int64_t end,
-                             int64_t offset)
-      : source_(source),
-        width_bytes_(static_cast<uint32_t>(width * kElementBytes)),
-        data_(static_cast<const char*>(source.data) + (offset < 0 ? 0 : offset) * kElementBytes),
-        row_(static_cast<int>(begin) + Tile::line()),
-        end_(offset < 0 ? 0 : static_cast<int>(end)) {
+  FOMOE_DEVICE GatheredLines(const GatheredSource& gathered, int begin, int end, int offset)
+      : gathered_(gathered),
+        data_(static_cast<const char*>(gathered.data) +
+              int64_t{offset < 0 ? 0 : offset} * kElementBytes),
+        row_(begin + Tile::line()),
+        end_(offset < 0 ? begin : end) {
     look_ahead();
   }
 
   FOMOE_DEVICE void copy(Chunk* stage) {
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
-      uint32_t row = static_cast<uint32_t>(names_[i]);
-      if (source_.slots != nullptr) row /= static_cast<uint32_t>(source_.top_k);
-      const bool exists = names_[i] >= 0 && row < source_.count;
-      cp_async_16(stage + Tile::copy_index(i), data_ + uint64_t{row} * width_bytes_,
-                  exists ? 16 : 0);
+      const uint32_t token = gathered_.token_of(static_cast<uint32_t>(names_[i]));
+      cp_async_16(stage + Tile::copy_index(i), data_ + uint64_t{token} * gathered_.width_bytes,
+                  names_[i] >= 0 && token < gathered_.count ? 16 : 0);
     }
     row_ += kTileDepth;
     look_ahead();
@@ -171,15 +200,16 @@ class GatheredLines {
 
   /// Slots are read one stage before they are needed.
   FOMOE_DEVICE void look_ahead() {
+    const int32_t* slots = gathered_.slots;
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const int row = row_ + i * Tile::kLinesApart;
-      names_[i] = row >= end_ ? -1 : source_.slots ? load_global(source_.slots + row) : row;
+      names_[i] = row < end_ ? row : -1;
+      if (slots != nullptr && row < end_) names_[i] = load_global(slots + row);
     }
   }
 
-  const RowSource& source_;
-  uint32_t width_bytes_;
+  const GatheredSource& gathered_;
   const char* data_;
   int row_, end_;
   int names_[kCopies];  // of the next lines: their slots, or rows; -1 past the end

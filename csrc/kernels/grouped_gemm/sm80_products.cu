@@ -7,30 +7,33 @@
 namespace fomoe::cuda::sm80 {
 namespace {
 
-FOMOE_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
+FOMOE_DEVICE int clamped(int value, int low, int high) {
   return value < low ? low : value > high ? high : value;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    weight_product_kernel(const __grid_constant__ WeightProduct product) {
+    weight_product_kernel(const __grid_constant__ WeightProduct product,
+                          const __grid_constant__ GatheredSource left_source,
+                          const __grid_constant__ GatheredSource right_source) {
   auto& shared = dynamic_shared<Shared>();
   const int64_t row_tiles = ceil_div(product.out_rows, kTileRows);
   const int64_t col_tiles = ceil_div(product.out_cols, kTileCols);
   const int64_t expert = blockIdx.x / (row_tiles * col_tiles);
   const int64_t in_expert = blockIdx.x - expert * row_tiles * col_tiles;
   const int64_t row_tile = in_expert % row_tiles, col_tile = in_expert / row_tiles;
-  const int64_t begin = clamped(load_global(product.offsets + expert), 0, product.num_rows);
-  const int64_t end = clamped(load_global(product.offsets + expert + 1), begin, product.num_rows);
+  const auto num_rows = static_cast<int>(product.num_rows);
+  const int begin = clamped(load_global(product.offsets + expert), 0, num_rows);
+  const int end = clamped(load_global(product.offsets + expert + 1), begin, num_rows);
 
   const int chunk = Layout<Lines::kAcross>::chunk();
   const Columns rows = consecutive_columns(row_tile, product.out_rows);
   const Columns columns = consecutive_columns(col_tile, product.out_cols);
-  GatheredLines left(product.left, product.out_rows, begin, end, rows.of_chunk(chunk));
-  GatheredLines right(product.right, product.out_cols, begin, end, columns.of_chunk(chunk));
+  GatheredLines left(left_source, begin, end, rows.of_chunk(chunk));
+  GatheredLines right(right_source, begin, end, columns.of_chunk(chunk));
   Sums sums;
   multiply_tile<T, Lines::kAcross, Lines::kAcross>(
-      shared, static_cast<int>(ceil_div(end - begin, kTileDepth)), left, right, sums);
+      shared, (end - begin + kTileDepth - 1) / kTileDepth, left, right, sums);
   __syncthreads();
   store_sums(shared, sums);
   __syncthreads();
@@ -60,7 +63,8 @@ void multiply(const WeightProduct& product, Stream stream) {
                          ceil_div(product.out_cols, kTileCols);
   const auto kernel = product.dtype == DType::kBFloat16 ? weight_product_kernel<BFloat16>
                                                         : weight_product_kernel<Float16>;
-  launch({"sm80 multiply into weights", blocks, kThreads, sizeof(Shared)}, stream, kernel, product);
+  launch({"sm80 multiply into weights", blocks, kThreads, sizeof(Shared)}, stream, kernel, product,
+         gathered(product.left, product.out_rows), gathered(product.right, product.out_cols));
 }
 
 }  // namespace fomoe::cuda::sm80

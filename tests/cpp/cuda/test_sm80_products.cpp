@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cuda/product_cases.h"
 #ifdef FOMOE_EMULATION
-#include "counters.h"
+#include "cuda_emulation.h"
+
+#include "grouped_gemm/sm80_copies.cuh"
 #endif
 
 namespace {
@@ -75,6 +77,19 @@ void check_no_bank_conflicts(const KernelCounts& counts) {
 }
 
 }  // namespace
+
+TEST(a_quotient_is_that_of_the_division) {
+  for (const int64_t divisor : {1, 2, 3, 5, 6, 7, 8, 127, 128, 129, 641, 4095, 4096}) {
+    const fomoe::cuda::sm80::Quotient quotient = fomoe::cuda::sm80::divided_by(divisor);
+    const int64_t last = (int64_t{1} << 31) - 1;
+    for (const int64_t multiple : {int64_t{0}, divisor, 1000 * divisor, last / divisor * divisor}) {
+      for (int64_t number = multiple - 1; number <= multiple + 1; ++number) {
+        if (number < 0 || number > last) continue;
+        CHECK_EQUAL(quotient(static_cast<uint32_t>(number)), number / divisor);
+      }
+    }
+  }
+}
 
 TEST(each_tile_reads_its_rows_and_its_columns_once_and_writes_16_bytes_at_a_time) {
   using P = CountedProduct;
