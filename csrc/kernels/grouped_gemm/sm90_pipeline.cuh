@@ -22,6 +22,15 @@ inline constexpr int kThreads = kLoaders * (1 + kNumConsumers);
 // 128 * 40 + 256 * 232 of the 65536 registers.
 inline constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
 
+/// A number that is the same in all lanes, so that the compiler knows it, too: what depends on it
+/// stays in uniform registers, where wgmma wants its descriptors.
+template <typename Integer>
+FOMOE_DEVICE Integer uniform(Integer value) {
+  return __shfl_sync(kAllLanes, value, 0);
+}
+
+FOMOE_DEVICE int own_warpgroup() { return uniform(static_cast<int>(threadIdx.x) / 128); }
+
 /// Both operands of one step, in lines with 128-byte swizzle.
 template <int cols>
 struct alignas(1024) Stage {
@@ -77,11 +86,16 @@ FOMOE_DEVICE void release(Pipeline& pipeline, int stage) {
   if (threadIdx.x % kWarpSize == 0) arrive(pipeline.empty[stage]);
 }
 
-/// sums = the product of `steps` stages, at least one. `copied`: some of the operands came by
-/// cp.async.
+/// A descriptor of what lies `pieces` times 16 bytes later; its upper half stays a constant.
+FOMOE_DEVICE uint64_t advanced(uint64_t descriptor, int pieces) {
+  return (descriptor & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(descriptor) + pieces);
+}
+
+/// sums = the product of `steps` stages, at least one. In those from number `first_copied` on, some
+/// of the operands came by cp.async.
 template <typename T, Major a_major, Major b_major, typename Pipeline, int registers>
 FOMOE_DEVICE void multiply_stages(Pipeline& pipeline, Turn& turn, int consumer, int steps,
-                                  bool copied, float (&sums)[registers]) {
+                                  int first_copied, float (&sums)[registers]) {
   constexpr int kStageStep = Pipeline::kStageBytes / 16;
   const uint64_t first_a = wgmma_descriptor<a_major>(
       wgmma_address(pipeline.stages[0].a) + consumer * kSlabBytes, kSlabBytes);
@@ -91,13 +105,14 @@ FOMOE_DEVICE void multiply_stages(Pipeline& pipeline, Turn& turn, int consumer, 
 #pragma unroll 1
   for (int k = 0; k < steps; ++k) {
     wait_full(pipeline, turn);
-    if (copied) fence_async_proxy();
-    const uint64_t a = first_a + turn.stage * kStageStep, b = first_b + turn.stage * kStageStep;
+    if (k >= first_copied) fence_async_proxy();
+    const int first = uniform(turn.stage) * kStageStep;
     wgmma_fence(sums);
 #pragma unroll
     for (int i = 0; i < kTileDepth / 16; ++i) {
-      wgmma<T, a_major, b_major>(sums, a + i * (kStepBytes<a_major> / 16),
-                                 b + i * (kStepBytes<b_major> / 16), k > 0 || i > 0);
+      wgmma<T, a_major, b_major>(sums, advanced(first_a, first + i * (kStepBytes<a_major> / 16)),
+                                 advanced(first_b, first + i * (kStepBytes<b_major> / 16)),
+                                 k > 0 || i > 0);
     }
     wgmma_commit();
     wgmma_wait<1>();  // the previous stage has been read
@@ -118,11 +133,6 @@ FOMOE_DEVICE void skip_stages(Pipeline& pipeline, Turn& turn, int steps) {
     release(pipeline, turn.stage);
     turn.advance(pipeline);
   }
-}
-
-/// Index of the warpgroup, known to be the same in the warp.
-FOMOE_DEVICE int own_warpgroup() {
-  return __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / 128, 0);
 }
 
 /// Dense rows that the loaders read.

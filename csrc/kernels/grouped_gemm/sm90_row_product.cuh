@@ -79,6 +79,10 @@ FOMOE_DEVICE void load_tiles(const RowArguments& p, Pipeline& pipeline) {
   constexpr int kLoads = kTileRows * kLineBytes / 16 / kLoaders;  // of each loader, per stage
   const bool gathers = p.source.slots != nullptr, leads = threadIdx.x == 0;
   if (!gathers && !leads) return;
+  if (leads) {
+    if (!gathers) tma_prefetch(p.a);
+    tma_prefetch(p.b);
+  }
   const RowWalk walk(p);
   const int line = threadIdx.x / 8, offset = loader_offset();
   Turn turn;
@@ -153,23 +157,25 @@ template <typename T, Major b_major, typename Epilogue>
 FOMOE_DEVICE void consume_tiles(const RowArguments& p, typename Epilogue::Pipeline& pipeline,
                                 typename Epilogue::Shared& shared) {
   const RowWalk walk(p);
+  const uint32_t count = uniform(walk.count);
   const int consumer = own_warpgroup() - 1;
   const int warp_row = 64 * consumer + static_cast<int>(threadIdx.x) / kWarpSize % 4 * kChunkRows;
   Epilogue epilogue(shared);
   Turn turn;
-  for (uint32_t tile = blockIdx.x; tile < walk.count; tile += gridDim.x) {
+  for (uint32_t tile = blockIdx.x; tile < count; tile += gridDim.x) {
     const RowPlace place = walk[tile];
-    if (place.rows.begin + 64 * consumer >= place.rows.end) {
+    const int first_row = uniform(place.rows.begin), end = uniform(place.rows.end);
+    if (first_row + 64 * consumer >= end) {
       skip_stages(pipeline, turn, p.steps);
       continue;
     }
-    const int row = place.rows.begin + warp_row;
-    const WarpTile warp_tile = {row, place.rows.end - row, place.rows.expert, place.col_tile,
+    const int row = first_row + warp_row;
+    const WarpTile warp_tile = {row, end - row, place.rows.expert, place.col_tile,
                                 place.col_tile * p.cols_per_tile};
     epilogue.begin(p, warp_tile);
     float sums[Epilogue::kCols / 2];
     multiply_stages<T, Major::kK, b_major>(pipeline, turn, consumer, p.steps,
-                                           p.source.slots != nullptr, sums);
+                                           p.source.slots != nullptr ? 0 : p.steps, sums);
     add_bias<T>(p, warp_tile, sums);
     epilogue.end(p, warp_tile, sums);
   }

@@ -128,7 +128,9 @@ FOMOE_DEVICE void consume_tiles(const WeightArguments& p, WeightPipeline& pipeli
   Turn turn;
   for (uint32_t tile = blockIdx.x; tile < count; tile += gridDim.x) {
     const WeightPlace place = place_of(p, tile);
-    const int steps = place.steps(), row = place.first_row + warp_row;
+    const int steps = uniform(place.steps()), row = place.first_row + warp_row;
+    const bool gathers = p.left.rows.slots != nullptr || p.right.rows.slots != nullptr;
+    const bool is_even = (place.end - place.begin) % kTileDepth == 0;
     if (place.first_row + 64 * consumer >= p.out_rows) {
       skip_stages(pipeline, turn, steps);
       continue;
@@ -142,7 +144,11 @@ FOMOE_DEVICE void consume_tiles(const WeightArguments& p, WeightPipeline& pipeli
       continue;
     }
     float sums[kTileCols / 2];
-    multiply_stages<T, Major::kMN, Major::kMN>(pipeline, turn, consumer, steps, true, sums);
+    multiply_stages<T, Major::kMN, Major::kMN>(pipeline, turn, consumer, steps,
+                                               gathers   ? 0
+                                               : is_even ? steps
+                                                         : steps - 1,
+                                               sums);
 #pragma unroll
     for (int i = 0; i < kTileCols / kChunkCols; ++i) {
       ChunkWords words;
