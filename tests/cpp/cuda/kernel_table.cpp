@@ -26,7 +26,7 @@ using fomoe::emulation::KernelCounts;
 using fomoe::emulation::Traffic;
 
 // Every expert is resident.
-constexpr int64_t T = 128, D = 256, F = 128, E = 8, K = 2, R = T * K;
+constexpr int64_t T = 64, D = 128, F = 64, E = 4, K = 2, R = T * K;
 constexpr DType kDType = DType::kBFloat16;
 constexpr int64_t b = 2;  // bytes of an element
 
