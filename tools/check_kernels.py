@@ -34,7 +34,7 @@ class Requirement:
     instructions: tuple[str, ...]
 
 
-REQUIREMENTS: tuple[Requirement, ...] = ()
+REQUIREMENTS = (Requirement(r"^sm80::.*product_kernel", "sm_80", ("HMMA", "LDSM", "LDGSTS")),)
 
 LISTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDSM", "STSM", "USETMAXREG")
 
@@ -229,8 +229,7 @@ def print_kernels(kernels: list[Kernel]) -> None:
 def print_emulated(path: Path) -> None:
     """One JSON object per line, all with the same keys."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    cells = (tuple("" if cell is None else str(cell) for cell in row.values()) for row in rows)
-    print_table([tuple(rows[0]), *cells])
+    print_table([tuple(rows[0]), *(tuple(str(cell) for cell in row.values()) for row in rows)])
 
 
 def main() -> None:

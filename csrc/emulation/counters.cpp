@@ -5,6 +5,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <tuple>
+#include <unordered_map>
 
 namespace fomoe::emulation {
 
@@ -23,7 +24,7 @@ struct AccessRecord {
 
 struct AccessLog {
   std::vector<AccessRecord> records;
-  std::map<std::tuple<int, Access, const void*>, uint64_t> next_turn;  // by thread, access, site
+  std::unordered_map<uint64_t, uint64_t> next_turn;  // by thread, access and site
   uint64_t bulk_accesses = 0;
 };
 
@@ -149,7 +150,10 @@ void detail::record(Access access, const void* address, int64_t bytes, const voi
   if (site == nullptr) {
     ++b.accesses->bulk_accesses;
   } else {
-    uint64_t& next = b.accesses->next_turn[{self.thread, access, site}];
+    const auto key = static_cast<uint64_t>(self.thread) << 50 |
+                     static_cast<uint64_t>(access) << 48 |
+                     reinterpret_cast<uintptr_t>(site);  // a user's address has 47 bits
+    uint64_t& next = b.accesses->next_turn[key];
     next = std::max(next, self.meetings << 32) + 1;
     turn = next;
   }
