@@ -8,7 +8,7 @@ from samples import Sample, gradient_like, sum_dtype
 from torch import Tensor
 
 from fomoe import ops
-from fomoe.ops import Routing
+from fomoe.ops import GateOutput, Routing
 
 Call = tuple[Callable, dict[str, Tensor]]
 
@@ -46,7 +46,7 @@ def topk_gate(sample: Sample, dtype: torch.dtype, variant: str) -> Call:
     tensors["bias"] = sample.random(sample.experts, seed=7, dtype=sum_dtype(dtype))
     tensors["resident"] = sample.expert_map() >= 0
 
-    def restricted(logits: Tensor, bias: Tensor, resident: Tensor) -> ops.GateOutput:
+    def restricted(logits: Tensor, bias: Tensor, resident: Tensor) -> GateOutput:
         return ops.topk_gate(
             logits,
             sample.top_k,

@@ -136,7 +136,8 @@ def gradient_of(tensor: Tensor) -> Tensor:
 
 def gradient_like(tensor: Tensor, seed: int = 9) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+    values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+    return values.to(tensor.device, tensor.dtype)
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
