@@ -7,8 +7,14 @@ import pytest
 import torch
 
 from fomoe.bench.agreement import check_agreement
-from fomoe.bench.baselines import HUGGING_FACE, build_contenders
-from fomoe.bench.layer import Batch, _prepare_forward, _prepare_training
+from fomoe.bench.baselines import (
+    HUGGING_FACE,
+    _group_on_gpu,
+    build_contenders,
+    group_by_expert,
+)
+from fomoe.bench.contender import Contender
+from fomoe.bench.layer import Batch, _prepare_forward, _prepare_training, activation_bytes
 from fomoe.bench.shapes import Shape
 from fomoe.errors import UserError
 
@@ -31,6 +37,28 @@ def test_outputs_and_gradients_agree_with_float64(shape: Shape, dtype: torch.dty
         assert max(agreement.output, agreement.gradient) < most <= agreement.tolerance
     if dtype == torch.bfloat16:
         assert min(agreement.gradient for agreement in agreements.values()) > 1e-4
+
+
+@pytest.mark.parametrize("shape", [SHAPE, WIDE])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 5e-6), (torch.bfloat16, 1.5e-2)])
+def test_so_do_those_that_are_worth_their_time_on_gpus_only(
+    shape: Shape, dtype: torch.dtype, most: float
+):
+    contenders = build_contenders(shape, dtype, of_gpus=True)
+    assert list(contenders)[:4] == ["fomoe", "torch", "torch_gather", "torch_loop"]
+    agreements = check_agreement(contenders, shape.top_k)
+    for name in ("torch_gather", "torch_loop"):
+        assert max(agreements[name].output, agreements[name].gradient) < most
+
+
+def test_slots_are_grouped_alike_without_a_bincount():
+    ids = torch.tensor([[3, 0], [3, 1], [0, 3]])
+    for slots, ends in (group_by_expert(ids, 5), _group_on_gpu(ids.flatten(), 5)):
+        assert ends.dtype == torch.int32
+        assert ends.tolist() == [2, 3, 3, 6, 6]
+        assert sorted(slots[:2].tolist()) == [1, 4]
+        assert slots[2] == 3
+        assert sorted(slots[3:].tolist()) == [0, 2, 5]
 
 
 @pytest.mark.parametrize("name", ["torch", *(f"hf_{name}" for name in HUGGING_FACE)])
@@ -77,3 +105,17 @@ def test_a_forward_keeps_no_graph_and_a_training_step_begins_without_gradients()
             assert all(parameter.grad is None for parameter in contender.parameters)
             call()
             assert all(parameter.grad is not None for parameter in contender.parameters)
+
+
+def test_what_a_forward_keeps_is_what_is_allocated_after_it():
+    forwards: list[bool] = []
+
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            forwards.append(torch.is_grad_enabled())
+            return x * 2
+
+    contender = Contender(Layer(), ())
+    kept = activation_bytes(contender, torch.ones(2, 3), lambda: 1000 + 24 * forwards.count(True))
+    assert kept == 24
+    assert forwards == [False, True]  # the first is not counted

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from fomoe.bench import run, skip, table
+from fomoe.bench.clock import require_device
 from fomoe.bench.shapes import SHAPES
 from fomoe.bench.skip import Model, residents
 from fomoe.cli import main
+from fomoe.errors import UserError
 from fomoe.models import CONFIGURATIONS
 
 TINY = Model("tiny", replace(CONFIGURATIONS["tiny"], num_layers=2), 32, 1, 16)
@@ -127,6 +130,8 @@ def test_residents_are_nested_and_shifted_from_layer_to_layer():
         (["--skip", "--dtype", "bf16"], "--skip: expected no --shape and no --dtype"),
         (["--skip", "--shape", "8,8,8,8,8"], "--skip: expected no --shape and no --dtype"),
         (["--output", "missing/folder/file"], "cannot write missing/folder/file: "),
+        (["--device", "tpu"], "--device: expected one of cpu, cuda, got 'tpu'"),
+        (["--device", "tpu", "--skip"], "--device: expected one of cpu, cuda, got 'tpu'"),
     ],
 )
 def test_a_mistake_is_one_sentence_before_anything_is_measured(
@@ -137,6 +142,23 @@ def test_a_mistake_is_one_sentence_before_anything_is_measured(
     assert out == ""
     assert err.startswith(f"error: {message}")
     assert err.count("\n") == 1
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(
+    no_measuring: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["bench", "--device", "cuda"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"error: --device: cuda: torch {torch.__version__} finds no GPU here\n"
+
+
+def test_a_fomoe_without_cuda_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("fomoe._C.compiled_with_cuda", lambda: False)
+    with pytest.raises(UserError, match=r"^--device: cuda: this fomoe was built without CUDA"):
+        require_device("cuda")
 
 
 def record(contender: str, ratio: float) -> dict[str, Any]:
@@ -150,6 +172,8 @@ def record(contender: str, ratio: float) -> dict[str, Any]:
         "ratio_quartiles": [ratio - 0.1, ratio + 0.1],
         "gemm_share": 0.5,
         "agreement": {"output": 1e-3, "gradient": 2e-3, "tolerance": 1e-2},
+        "missing": {"scattermoe": "not installed"},
+        "activation_mib": 123.4,
     }
 
 
@@ -160,4 +184,6 @@ def test_the_table_names_the_baseline_we_gain_least_on_and_fits_80_columns():
     text = console.export_text()
     assert "1024,512,1792,8,2 bf16  fwd+bwd 12346 hf_grouped_mm 12346 0.96x 0.86-1.06  50%" in text
     assert "bf16 2e-03" in text
+    assert "Without scattermoe: not installed." in text
+    assert "MiB kept, 1024,512,1792,8,2: 123; least other: hf_grouped_mm 123" in text
     assert max(map(len, text.splitlines())) <= 81

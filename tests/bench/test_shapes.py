@@ -3,7 +3,7 @@
 
 import pytest
 
-from fomoe.bench.shapes import SHAPES, Shape, parse_shape, parse_shapes
+from fomoe.bench.shapes import CUDA_SHAPES, SHAPES, Shape, parse_shape, parse_shapes
 from fomoe.errors import UserError
 
 
@@ -16,6 +16,7 @@ def test_a_shape_is_read_from_its_text_and_printed_as_it_was():
 
 def test_without_shapes_the_five_standard_ones_are_measured():
     assert parse_shapes([]) == SHAPES
+    assert parse_shapes([], "cuda") == CUDA_SHAPES
     assert parse_shapes(["1,8,16,4,2", "1,8,16,4,2"]) == (Shape(1, 8, 16, 4, 2),)
 
 

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from fomoe.bench.agreement import Agreement, check_agreement
-from fomoe.bench.baselines import OURS, Contender, build_contenders
-from fomoe.bench.machine import DTYPES, GEMM_FLOPS, gemm
+from fomoe.bench.baselines import OURS, build_contenders
+from fomoe.bench.clock import Call, clock_of
+from fomoe.bench.contender import Contender
+from fomoe.bench.machine import DTYPES, gemm, gemm_flops
 from fomoe.bench.shapes import Shape
-from fomoe.bench.timing import Call, Plan, interleave, paired_ratio, spread
+from fomoe.bench.third_party import build_third_party, first_line
+from fomoe.bench.timing import Plan, interleave, paired_ratio, spread
 
 PASSES = ("forward", "forward+backward")
 _GEMM = "torch.mm"  # as many FLOPs, in the same turns: the ceiling as it is at that moment
@@ -23,32 +26,81 @@ class Batch(NamedTuple):
 
 
 def measure_layers(
-    shapes: Sequence[Shape], dtypes: Sequence[str], plan: Plan, progress: Callable[[str], object]
+    shapes: Sequence[Shape],
+    dtypes: Sequence[str],
+    plan: Plan,
+    progress: Callable[[str], object],
+    device: torch.device,
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of one case after the other: of each contender, ours first."""
+    clock, flops_of_gemm = clock_of(device), gemm_flops(device)
     for shape in shapes:
         for dtype in dtypes:
             progress(f"{shape} {dtype} agreement")
-            contenders = build_contenders(shape, DTYPES[dtype])
-            agreements = check_agreement(contenders, shape.top_k)
+            contenders, agreements, missing = _agreeing(shape, DTYPES[dtype], device)
+            draw = _drawing(shape, DTYPES[dtype], device)
             for name in PASSES:
                 progress(f"{shape} {dtype} {name}")
                 flops = shape.expert_flops(backward=name != "forward")
-                num_gemms = max(1, round(flops / GEMM_FLOPS))
+                num_gemms = max(1, round(flops / flops_of_gemm))
                 prepare = _prepare_forward if name == "forward" else _prepare_training
                 calls = {key: prepare(contender) for key, contender in contenders.items()}
-                calls[_GEMM] = _prepare_gemms(DTYPES[dtype], num_gemms)
-                times = interleave(calls, _drawing(shape, DTYPES[dtype]), plan)
-                case = {"shape": shape._asdict(), "dtype": dtype, "pass": name}
-                yield _records(case, times, agreements, flops / (num_gemms * GEMM_FLOPS))
+                calls[_GEMM] = _prepare_gemms(DTYPES[dtype], num_gemms, device)
+                times = interleave(calls, draw, plan, clock)
+                case = {"shape": shape._asdict(), "dtype": dtype, "pass": name, "missing": missing}
+                records = _records(case, times, agreements, flops / (num_gemms * flops_of_gemm))
+                if device.type == "cuda" and name != "forward":
+                    for record in records:
+                        kept = activation_bytes(contenders[record["contender"]], draw().x)
+                        record["activation_mib"] = kept / 2**20
+                yield records
+            for contender in contenders.values():
+                for parameter in contender.parameters:
+                    parameter.grad = None
 
 
-def _drawing(shape: Shape, dtype: torch.dtype) -> Callable[[], Batch]:
-    generator = torch.Generator().manual_seed(1)
+def _agreeing(
+    shape: Shape, dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Contender], dict[str, Agreement], dict[str, str]]:
+    """Contenders, their agreement, and which of other libraries are missing and why."""
+    contenders = build_contenders(shape, dtype, device=device)
+    agreements = check_agreement(contenders, shape.top_k)
+    missing: dict[str, str] = {}
+    if device.type == "cuda":
+        ours = contenders[OURS]
+        router, w1, w2 = ours.parameters
+        others, missing = build_third_party(shape, (router, w1, w2))
+        for name, contender in others.items():
+            try:
+                agreements |= check_agreement({OURS: ours, name: contender}, shape.top_k)
+                contenders[name] = contender
+            except Exception as error:  # foreign code may fail in any way
+                missing[name] = first_line(error)
+    return contenders, agreements, missing
+
+
+def activation_bytes(
+    contender: Contender, x: Tensor, allocated: Callable[[], int] = torch.cuda.memory_allocated
+) -> int:
+    """Bytes that a forward leaves allocated for its backward, the output included."""
+    for parameter in contender.parameters:
+        parameter.grad = None
+    leaf = x.detach().requires_grad_()
+    with torch.no_grad():
+        contender.forward(leaf)  # so that nothing is allocated for the first time
+    before = allocated()
+    y = contender.forward(leaf)
+    rise = allocated() - before
+    del y
+    return rise
+
+
+def _drawing(shape: Shape, dtype: torch.dtype, device: torch.device) -> Callable[[], Batch]:
+    generator = torch.Generator(device).manual_seed(1)
 
     def draw() -> Batch:
         size = (2, shape.tokens, shape.dim)
-        return Batch(*torch.randn(size, generator=generator).to(dtype).unbind())
+        return Batch(*torch.randn(size, generator=generator, device=device).to(dtype).unbind())
 
     return draw
 
@@ -92,8 +144,8 @@ def _prepare_forward(contender: Contender) -> Callable[[Batch], Call]:
     return prepare
 
 
-def _prepare_gemms(dtype: torch.dtype, count: int) -> Callable[[Batch], Call]:
-    product = gemm(dtype)
+def _prepare_gemms(dtype: torch.dtype, count: int, device: torch.device) -> Callable[[Batch], Call]:
+    product = gemm(dtype, device)
 
     def call() -> None:
         for _ in range(count):

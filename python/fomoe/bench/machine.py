@@ -13,17 +13,21 @@ import torch
 
 from fomoe import _C
 from fomoe._build import source_commit
-from fomoe.bench.timing import seconds_of
+from fomoe.bench.clock import clock_of
 
-_SIDE = 1024  # large enough for torch.mm's full rate, here
-GEMM_FLOPS = 2 * _SIDE**3
-_COPY_BYTES = 2**28
+_SIDES = {"cpu": 1024, "cuda": 8192}  # large enough for torch.mm's full rate
+_COPY_BYTES = 2**28  # more than any cache
 _TRIES = 20
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def machine(dtypes: Sequence[str], threads: int) -> dict[str, Any]:
+def gemm_flops(device: torch.device) -> int:
+    """Of one product of :func:`gemm`."""
+    return 2 * _SIDES[device.type] ** 3
+
+
+def machine(dtypes: Sequence[str], threads: int, device: torch.device) -> dict[str, Any]:
     """Facts and ceilings, as JSON-able values."""
     return {
         "cpu": _cpu_name(),
@@ -31,8 +35,9 @@ def machine(dtypes: Sequence[str], threads: int) -> dict[str, Any]:
         "threads": threads,
         "load_average": os.getloadavg()[0],  # of others: nothing has run yet
         "fomoe_cpu_kernels": _C.cpu_capability(),
-        "gemm_gflops": {dtype: gemm_gflops(DTYPES[dtype]) for dtype in dtypes},
-        "copy_gbytes_per_second": copy_gbytes_per_second(),
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+        "gemm_gflops": {dtype: gemm_gflops(DTYPES[dtype], device) for dtype in dtypes},
+        "copy_gbytes_per_second": copy_gbytes_per_second(device),
     }
 
 
@@ -47,25 +52,37 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def gemm(dtype: torch.dtype) -> Callable[[], object]:
-    """A torch.mm of GEMM_FLOPS on random matrices."""
-    a, b = (torch.randn(_SIDE, _SIDE).to(dtype) for _ in range(2))
+def gemm(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    """A torch.mm of :func:`gemm_flops` on random matrices."""
+    side = _SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 
 
-def gemm_gflops(dtype: torch.dtype) -> float:
+def gemm_gflops(dtype: torch.dtype, device: torch.device) -> float:
     """Best rate of :func:`gemm`."""
-    call = gemm(dtype)
-    return GEMM_FLOPS / min(seconds_of(call) for _ in range(_TRIES)) / 1e9
+    call, clock = gemm(dtype, device), clock_of(device)
+    return gemm_flops(device) / min(clock(call) for _ in range(_TRIES)) / 1e9
 
 
-def copy_gbytes_per_second() -> float:
+def copy_gbytes_per_second(device: torch.device) -> float:
     """Best rate of a copy that fits no cache; bytes read and bytes written both count."""
-    source = torch.ones(_COPY_BYTES // 4)
-    target = torch.empty_like(source)
-    seconds = min(seconds_of(lambda: target.copy_(source)) for _ in range(_TRIES))
+    source = torch.ones(_COPY_BYTES // 4, device=device)
+    target, clock = torch.empty_like(source), clock_of(device)
+    seconds = min(clock(lambda: target.copy_(source)) for _ in range(_TRIES))
     return 2 * _COPY_BYTES / seconds / 1e9
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    about = torch.cuda.get_device_properties(device)
+    return {
+        "name": about.name,
+        "compute_capability": f"{about.major}.{about.minor}",
+        "memory_gib": about.total_memory / 2**30,
+        "l2_mib": about.L2_cache_size / 2**20,
+        "multiprocessors": about.multi_processor_count,
+    }
 
 
 def _cpu_name() -> str:

@@ -7,11 +7,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from fomoe.bench import skip, table
 from fomoe.bench.baselines import HOW_TO_GET_HUGGING_FACE, hugging_face_block
+from fomoe.bench.clock import require_device
 from fomoe.bench.layer import measure_layers
 from fomoe.bench.machine import DTYPES, machine, versions
 from fomoe.bench.shapes import parse_shapes
@@ -28,6 +30,7 @@ def run_layers(
     dtypes: Sequence[str] = (),
     plan: Plan | None = None,
     threads: int = 1,
+    device: str = "cpu",
     output: Path | None = None,
 ) -> Records:
     """Measure the layer, print a table, and write ``output`` anew.
@@ -35,13 +38,15 @@ def run_layers(
     Parameters
     ----------
     shapes
-        Texts ``T,D,F,E,K``; the standard ones by default.
+        Texts ``T,D,F,E,K``; the standard ones of the device by default.
     dtypes
-        Of "bf16" and "fp32"; both by default.
+        Of "bf16" and "fp32"; both by default, on a GPU the first.
     plan
         How often each case is repeated.
     threads
         CPU threads.
+    device
+        "cpu" or "cuda".
     output
         File of JSON lines, one for each record.
 
@@ -53,11 +58,11 @@ def run_layers(
     Raises
     ------
     UserError
-        When a shape or dtype is none, ``output`` cannot be written, or a contender's output or
-        gradients are wrong.
+        When a shape, dtype or device is none, ``output`` cannot be written, or a contender's output
+        or gradients are wrong.
     """
-    plan, cases = plan or Plan(), parse_shapes(shapes)
-    names = tuple(dict.fromkeys(dtypes)) or tuple(DTYPES)
+    plan, cases, where = plan or Plan(), parse_shapes(shapes, device), require_device(device)
+    names = tuple(dict.fromkeys(dtypes)) or tuple(DTYPES)[: 1 if device == "cuda" else None]
     for name in names:
         if name not in DTYPES:
             raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
@@ -65,12 +70,12 @@ def run_layers(
     options += [part for name in names for part in ("--dtype", name)]
     console = Console()
     with _open(output) as file, num_threads(threads):
-        about = _about("layer", options, names, plan, threads)
+        about = _about("layer", options, names, plan, threads, where)
         table.print_machine(console, about)
         if hugging_face_block() is None:
             table.say(console, HOW_TO_GET_HUGGING_FACE)
         with _progress() as show:
-            groups = _written(measure_layers(cases, names, plan, show), about, file)
+            groups = _written(measure_layers(cases, names, plan, show, where), about, file)
     table.print_layers(console, groups)
     return [record for records in groups for record in records]
 
@@ -80,12 +85,13 @@ def run_skip(
     models: Sequence[skip.Model] | None = None,
     plan: Plan | None = None,
     threads: int = 1,
+    device: str = "cpu",
     output: Path | None = None,
 ) -> Records:
     """Measure what skipping ghosts saves, print a table per model, and write ``output`` anew.
 
-    Parameters as those of :func:`run_layers`; ``models`` are :data:`fomoe.bench.skip.MODELS` by
-    default.
+    Parameters as those of :func:`run_layers`; ``models`` are :data:`fomoe.bench.skip.MODELS` or,
+    on a GPU, :data:`fomoe.bench.skip.CUDA_MODELS` by default.
 
     Returns
     -------
@@ -95,15 +101,17 @@ def run_skip(
     Raises
     ------
     UserError
-        When ``output`` cannot be written.
+        When the device is none, or ``output`` cannot be written.
     """
-    plan, models = plan or Plan(), skip.MODELS if models is None else models
+    plan, where = plan or Plan(), require_device(device)
+    if models is None:
+        models = skip.CUDA_MODELS if device == "cuda" else skip.MODELS
     console = Console()
     with _open(output) as file, num_threads(threads):
-        about = _about("skip", ["--skip"], ("bf16",), plan, threads)
+        about = _about("skip", ["--skip"], ("bf16",), plan, threads, where)
         table.print_machine(console, about)
         with _progress() as show:
-            groups = _written(skip.measure_skipping(models, plan, show), about, file)
+            groups = _written(skip.measure_skipping(models, plan, show, where), about, file)
     table.print_skipping(console, groups)
     return [record for records in groups for record in records]
 
@@ -113,16 +121,24 @@ def _open(output: Path | None) -> Any:
 
 
 def _about(
-    benchmark: str, options: Sequence[str], dtypes: Sequence[str], plan: Plan, threads: int
+    benchmark: str,
+    options: Sequence[str],
+    dtypes: Sequence[str],
+    plan: Plan,
+    threads: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What every record says about where it comes from."""
     repeat = ("--seconds", f"{plan.seconds:g}")
     if plan.repetitions is not None:
         repeat = ("--repetitions", str(plan.repetitions))
+    on = () if device.type == "cpu" else ("--device", device.type)
+    command = ["fomoe", "bench", *on, *options, *repeat, "--threads", str(threads)]
     return {
         "benchmark": benchmark,
-        "command": shlex.join(["fomoe", "bench", *options, *repeat, "--threads", str(threads)]),
-        "machine": machine(dtypes, threads),
+        "command": shlex.join(command),
+        "device": device.type,
+        "machine": machine(dtypes, threads, device),
         "versions": versions(),
     }
 

@@ -37,6 +37,15 @@ SHAPES = (
     Shape(512, 576, 128, 12, 3),  # small, and no powers of two
 )
 
+# Of published models, with the tokens of a training step (docs/benchmarks.md names them).
+CUDA_SHAPES = (
+    Shape(32768, 2048, 768, 128, 8),  # Qwen3-30B-A3B
+    Shape(32768, 2048, 1024, 64, 8),  # OLMoE-1B-7B
+    Shape(16384, 7168, 2048, 32, 8),  # DeepSeek-V3, one of eight ranks
+    Shape(24576, 1536, 256, 128, 8),  # SonicMoE 7B, n = 256
+    Shape(16384, 2880, 2880, 32, 4),  # gpt-oss-20b
+)
+
 
 def parse_shape(text: str) -> Shape:
     """``T,D,F,E,K`` as a shape.
@@ -66,6 +75,7 @@ def parse_shape(text: str) -> Shape:
     return shape
 
 
-def parse_shapes(texts: Sequence[str]) -> tuple[Shape, ...]:
-    """The shapes of these texts; without any, the standard ones."""
-    return tuple(dict.fromkeys(map(parse_shape, texts))) or SHAPES
+def parse_shapes(texts: Sequence[str], device: str = "cpu") -> tuple[Shape, ...]:
+    """The shapes of these texts; without any, the standard ones of the device."""
+    standard = CUDA_SHAPES if device == "cuda" else SHAPES
+    return tuple(dict.fromkeys(map(parse_shape, texts))) or standard

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomoe.bench.clock import Call, clock_of
 from fomoe.bench.flops import decoder_flops, ideal_speedup
-from fomoe.bench.timing import Call, Plan, interleave, paired_ratio, spread
+from fomoe.bench.timing import Plan, interleave, paired_ratio, spread
 from fomoe.models import CONFIGURATIONS, Decoder, DecoderConfig
 from fomoe.nn import MoE, auxiliary_loss, initialize
 from fomoe.ops import expert_mlp, route, topk_gate
@@ -60,15 +61,38 @@ MODELS = (
 )
 
 
+# A layer of Qwen3-30B-A3B with the tokens of a training step; its attention in the decoder.
+CUDA_MODELS = (
+    Model(
+        "qwen3-30b-layers",
+        DecoderConfig(
+            vocab_size=256,
+            dim=2048,
+            num_layers=2,
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            expert_dim=768,
+            num_experts=128,
+            top_k=8,
+            renormalize=True,
+        ),
+        32768,
+        4,
+        4096,
+    ),
+)
+
+
 def measure_skipping(
-    models: Sequence[Model], plan: Plan, progress: Callable[[str], object]
+    models: Sequence[Model], plan: Plan, progress: Callable[[str], object], device: torch.device
 ) -> Iterator[list[dict[str, Any]]]:
     """The records of one part of a model after the other: of each share of ghosts, 0 first."""
     measure = {"experts": _measure_experts, "layer": _measure_layer, "step": _measure_step}
     for model in models:
         for part in PARTS:
             progress(f"{model.name} {part}")
-            times, ghost_shares = measure[part](model, plan)
+            times, ghost_shares = measure[part](model, plan, device)
             yield _records(model, part, times, ghost_shares)
 
 
@@ -125,22 +149,25 @@ class _ExpertBatch(NamedTuple):
 
 
 def _measure_experts(
-    model: Model, plan: Plan
+    model: Model, plan: Plan, device: torch.device
 ) -> tuple[dict[float, list[float]], dict[float, float]]:
     """route and expert_mlp, forward and backward, on what the layer hands them."""
-    config, generator = model.config, torch.Generator().manual_seed(1)
+    config, generator = model.config, torch.Generator(device).manual_seed(1)
     ghosts: dict[float, list[float]] = {share: [] for share in SHARES}
 
     def draw() -> _ExpertBatch:
-        logits = torch.randn(model.layer_tokens, config.num_experts, generator=generator)
+        logits = torch.randn(
+            model.layer_tokens, config.num_experts, generator=generator, device=device
+        )
         gate = topk_gate(logits, config.top_k, score=config.score, renormalize=config.renormalize)
         size = (2, model.layer_tokens, config.dim)
-        x, grad_y = torch.randn(size, generator=generator).bfloat16().unbind()
+        x, grad_y = torch.randn(size, generator=generator, device=device).bfloat16().unbind()
         return _ExpertBatch(x, grad_y, gate.ids, gate.weights)
 
     def contender(share: float) -> Callable[[_ExpertBatch], Call]:
         moe = MoE(config.moe(), residents(config, share))
         initialize(moe, 0)
+        moe.to(device)
         w1, w2 = (w.detach().bfloat16().requires_grad_() for w in moe.experts.parameters())
 
         def prepare(batch: _ExpertBatch) -> Call:
@@ -158,7 +185,7 @@ def _measure_experts(
 
         return prepare
 
-    times = interleave({share: contender(share) for share in SHARES}, draw, plan)
+    times = interleave({share: contender(share) for share in SHARES}, draw, plan, clock_of(device))
     return times, {share: sum(found) / len(found) for share, found in ghosts.items()}
 
 
@@ -167,24 +194,28 @@ class _LayerBatch(NamedTuple):
     grad_y: Tensor  # (T, D), bfloat16
 
 
-def _measure_layer(model: Model, plan: Plan) -> tuple[dict[float, list[float]], dict[float, float]]:
+def _measure_layer(
+    model: Model, plan: Plan, device: torch.device
+) -> tuple[dict[float, list[float]], dict[float, float]]:
     """The layer with its losses, forward and backward."""
-    config, generator = model.config, torch.Generator().manual_seed(1)
+    config, generator = model.config, torch.Generator(device).manual_seed(1)
     layers = {share: MoE(config.moe(), residents(config, share)) for share in SHARES}
 
     def draw() -> _LayerBatch:
-        x, grad_y = torch.randn(2, model.layer_tokens, config.dim, generator=generator).unbind()
+        size = (2, model.layer_tokens, config.dim)
+        x, grad_y = torch.randn(size, generator=generator, device=device).unbind()
         return _LayerBatch(x, grad_y.bfloat16())
 
     def contender(moe: MoE) -> Callable[[_LayerBatch], Call]:
         initialize(moe, 0)
+        moe.to(device)
 
         def prepare(batch: _LayerBatch) -> Call:
             moe.zero_grad(set_to_none=True)
             x = batch.x.detach().requires_grad_()
 
             def call() -> None:
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.autocast(device.type, dtype=torch.bfloat16):
                     y = moe(x)
                 torch.autograd.backward([y, moe.auxiliary_loss], [batch.grad_y, None])
 
@@ -192,13 +223,17 @@ def _measure_layer(model: Model, plan: Plan) -> tuple[dict[float, list[float]], 
 
         return prepare
 
-    times = interleave({share: contender(moe) for share, moe in layers.items()}, draw, plan)
+    times = interleave(
+        {share: contender(moe) for share, moe in layers.items()}, draw, plan, clock_of(device)
+    )
     return times, {share: _ghost_share(moe) for share, moe in layers.items()}
 
 
-def _measure_step(model: Model, plan: Plan) -> tuple[dict[float, list[float]], dict[float, float]]:
+def _measure_step(
+    model: Model, plan: Plan, device: torch.device
+) -> tuple[dict[float, list[float]], dict[float, float]]:
     """Forward, loss, backward and AdamW of the whole decoder, on random tokens."""
-    config, generator = model.config, torch.Generator().manual_seed(1)
+    config, generator = model.config, torch.Generator(device).manual_seed(1)
     decoders = {
         share: Decoder(
             config, [residents(config, share, layer) for layer in range(config.num_layers)]
@@ -208,10 +243,11 @@ def _measure_step(model: Model, plan: Plan) -> tuple[dict[float, list[float]], d
 
     def draw() -> Tensor:
         size = (model.batch, model.sequence + 1)
-        return torch.randint(config.vocab_size, size, generator=generator)
+        return torch.randint(config.vocab_size, size, generator=generator, device=device)
 
     def contender(decoder: Decoder) -> Callable[[Tensor], Call]:
         initialize(decoder, 0)
+        decoder.to(device)
         # As the trainer's, at a rate so low that the router stays as balanced as it was drawn.
         optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-5, foreach=False, fused=False)
 
@@ -219,7 +255,7 @@ def _measure_step(model: Model, plan: Plan) -> tuple[dict[float, list[float]], d
             optimizer.zero_grad(set_to_none=True)
 
             def call() -> None:
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.autocast(device.type, dtype=torch.bfloat16):
                     logits = decoder(tokens[:, :-1])
                 loss = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
                 torch.autograd.backward(loss + auxiliary_loss(decoder))
@@ -229,7 +265,9 @@ def _measure_step(model: Model, plan: Plan) -> tuple[dict[float, list[float]], d
 
         return prepare
 
-    times = interleave({share: contender(decoders[share]) for share in SHARES}, draw, plan)
+    times = interleave(
+        {share: contender(decoders[share]) for share in SHARES}, draw, plan, clock_of(device)
+    )
     return times, {share: _ghost_share(decoder) for share, decoder in decoders.items()}
 
 

@@ -27,6 +27,8 @@ def print_machine(console: Console, about: Record) -> None:
     """One line on the machine, one on its ceilings."""
     machine, versions = about["machine"], about["versions"]
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in machine["gemm_gflops"].items())
+    if gpu := machine["gpu"]:
+        say(console, f"{gpu['name']}, compute capability {gpu['compute_capability']}")
     say(
         console,
         f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, load "
@@ -67,6 +69,14 @@ def print_layers(console: Console, cases: Sequence[Sequence[Record]]) -> None:
         "Before the timing, outputs and gradients of all agreed with float64; worst error:\n"
         f"{_worst_errors(cases)}.",
     )
+    for name, why in cases[0][0]["missing"].items():
+        say(console, f"Without {name}: {why}.")
+    for records in cases:
+        kept = {r["contender"]: r["activation_mib"] for r in records if "activation_mib" in r}
+        if kept:
+            ours, least = kept.pop(OURS), min(kept, key=lambda name: kept[name])
+            shape = Shape(**records[0]["shape"])
+            say(console, f"MiB kept, {shape}: {ours:.0f}; least other: {least} {kept[least]:.0f}")
 
 
 def fastest_baseline(records: Sequence[Record]) -> Record:

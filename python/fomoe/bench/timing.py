@@ -7,7 +7,6 @@ within the repetitions.
 """
 
 import gc
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+
+from fomoe.bench.clock import Call, Clock, seconds_of
 
 WARMUPS = 3
 MIN_REPETITIONS = 7
@@ -26,7 +27,6 @@ SLOW_REPETITIONS = 3
 
 Batch = TypeVar("Batch")
 Key = TypeVar("Key")
-Call = Callable[[], object]
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -65,7 +65,10 @@ def paired_ratio(slower: Sequence[float], faster: Sequence[float]) -> Spread:
 
 
 def interleave(
-    contenders: Mapping[Key, Callable[[Batch], Call]], draw: Callable[[], Batch], plan: Plan
+    contenders: Mapping[Key, Callable[[Batch], Call]],
+    draw: Callable[[], Batch],
+    plan: Plan,
+    clock: Clock | None = None,
 ) -> dict[Key, list[float]]:
     """Seconds each contender took in each repetition, after some that are not counted.
 
@@ -77,12 +80,15 @@ def interleave(
         A new batch for each repetition. The number of rows of an expert is thus never the same
         twice, as in training and serving: a matrix library that prepares code for each size pays.
     plan
+    clock
+        Of the device they run on; the CPU's by default.
     """
+    clock = clock or seconds_of
     times: dict[Key, list[float]] = {name: [] for name in contenders}
 
     def run(order: Iterable[Key]) -> dict[Key, float]:
         batch = draw()
-        return {name: seconds_of(contenders[name](batch)) for name in order}
+        return {name: clock(contenders[name](batch)) for name in order}
 
     with _no_garbage_collection():
         first = run(contenders)
@@ -122,15 +128,6 @@ def num_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def seconds_of(call: Call) -> float:
-    """Seconds until ``call`` returns."""
-    begin = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - begin
-    del result  # freed only now, for all alike
-    return seconds
 
 
 @contextmanager

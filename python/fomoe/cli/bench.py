@@ -22,6 +22,7 @@ def bench(
     dtype: Annotated[
         list[str] | None, typer.Option(help="bf16 or fp32; repeatable. Default: both.")
     ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repetitions: Annotated[
         int | None, typer.Option(min=1, help="Of every case; without it, --seconds decides.")
     ] = None,
@@ -44,9 +45,14 @@ def bench(
     plan = Plan(seconds=seconds, repetitions=repetitions)
     if not skip:
         run_layers(
-            shapes=shape or (), dtypes=dtype or (), plan=plan, threads=threads, output=output
+            shapes=shape or (),
+            dtypes=dtype or (),
+            plan=plan,
+            threads=threads,
+            device=device,
+            output=output,
         )
     elif shape or dtype:
         raise UserError("--skip: expected no --shape and no --dtype, as it measures whole models")
     else:
-        run_skip(plan=plan, threads=threads, output=output)
+        run_skip(plan=plan, threads=threads, device=device, output=output)
