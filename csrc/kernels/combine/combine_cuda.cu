@@ -37,8 +37,7 @@ FOMOE_DEVICE void load_rows(const Elements<T, count>* rows, int64_t accesses, in
 #pragma unroll
   for (int k = 0; k < kInFlight; ++k) {
     const int64_t row = __shfl_sync(kAllLanes, path.row, first + k);
-    loaded[k] = {};
-    if (row >= 0 && i < accesses) loaded[k] = load_global_once(rows + row * accesses + i);
+    loaded[k] = load_global_once_if(row >= 0 && i < accesses, rows + row * accesses + i);
   }
 }
 
@@ -48,33 +47,35 @@ __global__ void __launch_bounds__(kMostThreads, 3)
                    int64_t accesses, RowShape shape, Elements<T, count>* y) {
   using Real = Accumulate<T>;
   const int thread = threadIdx.x % shape.threads_per_row, lane = threadIdx.x % kWarpSize;
-  const int64_t token = shape.own_row();
-  if (token >= routing.num_tokens) return;
-  const int64_t first_slot = token * routing.top_k;
-  const int64_t end_slot = first_slot + routing.top_k;
+  // Warps without a token go along: the compiler should see that all lanes reach the shuffles.
+  const int64_t token = shape.own_row(), first_slot = token * routing.top_k;
+  const bool has_token = token < routing.num_tokens;
+  const int64_t end_slot = first_slot + (has_token ? routing.top_k : 0);
   LanePath<Real> path = load_path(routing, weights, first_slot + lane, end_slot);
   for (int64_t turn = 0; turn < accesses; turn += shape.threads_per_row) {
     const int64_t i = turn + thread;
     Real sums[count] = {};
-    for (int64_t slot = first_slot; slot < end_slot; slot += kInFlight) {
-      const int first = static_cast<int>((slot - first_slot) % kWarpSize);
+    for (int64_t k = 0; k < routing.top_k; k += kInFlight) {
+      const int first = static_cast<int>(k % kWarpSize);
       if (first == 0 && routing.top_k > kWarpSize) {
-        path = load_path(routing, weights, slot + lane, end_slot);
+        path = load_path(routing, weights, first_slot + k + lane, end_slot);
       }
       Elements<T, count> loaded[kInFlight];
       load_rows(rows, accesses, i, path, first, loaded);
 #pragma unroll
-      for (int k = 0; k < kInFlight; ++k) {
-        const Real weight = __shfl_sync(kAllLanes, path.weight, first + k);
+      for (int j = 0; j < kInFlight; ++j) {
+        const Real weight = __shfl_sync(kAllLanes, path.weight, first + j);
         Real values[count];
-        widen(loaded[k], values);
+        widen(loaded[j], values);
         // A skipped path adds zero, which changes nothing: the sum began with zero, so it is not
         // -0.
 #pragma unroll
         for (int c = 0; c < count; ++c) sums[c] += rounded_product(weight, values[c]);
       }
     }
-    if (i < accesses) store_global(y + token * accesses + i, narrow<T, count>(sums));
+    if (has_token && i < accesses) {
+      store_global(y + token * accesses + i, narrow<T, count>(sums));
+    }
   }
 }
 
@@ -113,13 +114,12 @@ __global__ void __launch_bounds__(kMostThreads, 2)
   const int threads = shape.threads_per_row, thread = threadIdx.x % threads;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t token = shape.own_row(), first_slot = token * routing.top_k;
-  // All threads of the block meet at its barriers, so that none leaves it without a token.
-  const int64_t num_slots = token < routing.num_tokens ? routing.top_k : 0;
-  const int64_t end_slot = first_slot + num_slots;
+  const bool has_token = token < routing.num_tokens;
+  const int64_t end_slot = first_slot + (has_token ? routing.top_k : 0);
   for (int64_t k = 0; k < routing.top_k; k += kWarpSize) {
     const int64_t slot = first_slot + k;
-    const int64_t left = num_slots - k;
-    const int slots = left > kWarpSize ? kWarpSize : left > 0 ? static_cast<int>(left) : 0;
+    const int64_t left = routing.top_k - k;
+    const int slots = left < kWarpSize ? static_cast<int>(left) : kWarpSize;
     const LanePath<Real> path = load_path(routing, weights, slot + lane, end_slot);
     store_shared(&shared.dots[warp][lane], Real(0));
     __syncwarp();
@@ -131,8 +131,9 @@ __global__ void __launch_bounds__(kMostThreads, 2)
         Elements<T, count> loaded[kInFlight];
         load_rows(rows, accesses, i, path, first, loaded);
         // After the loads of the rows, which should not wait for it.
-        if (first == 0 && i < accesses) {
-          widen(load_global_once(grad_y + token * accesses + i), grad);
+        if (first == 0) {
+          widen(load_global_once_if(has_token && i < accesses, grad_y + token * accesses + i),
+                grad);
         }
         Real dots[kInFlight] = {};
 #pragma unroll
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     }
     __syncthreads();
 
-    if (thread < slots) {
+    if (has_token && thread < slots) {
       Real sum = 0;
       for (int w = 0; w < threads / kWarpSize; ++w)
         sum += load_shared(&shared.dots[warp + w][lane]);

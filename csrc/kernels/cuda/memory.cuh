@@ -28,6 +28,13 @@ __attribute__((noinline)) inline T load_global_once(const T* address) {
   return *address;
 }
 template <typename T>
+__attribute__((noinline)) inline T load_global_once_if(bool condition, const T* address) {
+  if (!condition) return T{};
+  emulation::note_access(emulation::Access::kGlobalLoad, address, sizeof(T),
+                         __builtin_return_address(0));
+  return *address;
+}
+template <typename T>
 __attribute__((noinline)) inline void store_global(T* address, T value) {
   emulation::note_access(emulation::Access::kGlobalStore, address, sizeof(T),
                          __builtin_return_address(0));
@@ -101,6 +108,25 @@ template <typename T>
 FOMOE_DEVICE T load_global_once(const T* address) {
   const WordOf<T> word = __ldcs(reinterpret_cast<const WordOf<T>*>(address));
   return reinterpret_cast<const T&>(word);
+}
+/// The same, or zeros. Of 16 bytes as one predicated instruction on cleared registers: left to the
+/// compiler, the value is copied, and so waited for, before the loads that follow are issued.
+template <typename T>
+FOMOE_DEVICE T load_global_once_if(bool condition, const T* address) {
+  if constexpr (sizeof(T) == 16) {
+    uint4 word;
+    asm volatile(
+        "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n"
+        " mov.b32 %0, 0;\n mov.b32 %1, 0;\n mov.b32 %2, 0;\n mov.b32 %3, 0;\n"
+        " @p ld.global.cs.v4.b32 {%0, %1, %2, %3}, [%4];\n}"
+        : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+        : "l"(address), "r"(static_cast<int>(condition)));
+    return reinterpret_cast<const T&>(word);
+  } else {
+    T value = {};
+    if (condition) value = load_global_once(address);
+    return value;
+  }
 }
 template <typename T>
 FOMOE_DEVICE void store_global(T* address, T value) {

@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {
       const int64_t row = __shfl_sync(kAllLanes, lane_row.index, first + k);
-      loaded[k] = {};
-      if (row >= 0 && i < accesses) loaded[k] = load_global(data + row * accesses + i);
+      loaded[k] = load_global_once_if(row >= 0 && i < accesses, data + row * accesses + i);
     }
 #pragma unroll
     for (int k = 0; k < kInFlight; ++k) {

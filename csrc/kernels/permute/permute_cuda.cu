@@ -17,23 +17,24 @@ __global__ void __launch_bounds__(256)
     permute_kernel(const Packet<bytes>* x, Routing routing, int64_t packets, RowShape shape,
                    Packet<bytes>* rows) {
   const int thread = threadIdx.x % shape.threads_per_row, lane = threadIdx.x % kWarpSize;
-  const int64_t token = shape.own_row();
-  if (token >= routing.num_tokens) return;
-  const int64_t first_slot = token * routing.top_k;
-  const int64_t end_slot = first_slot + routing.top_k;
+  // Warps without a token go along: the compiler should see that all lanes reach the shuffles.
+  const int64_t token = shape.own_row(), first_slot = token * routing.top_k;
+  const bool has_token = token < routing.num_tokens;
+  const int64_t end_slot = first_slot + (has_token ? routing.top_k : 0);
   const int64_t executed = load_global(routing.offsets + routing.num_local_experts);
   int32_t lane_row = row_of(routing, first_slot + lane, end_slot);
   for (int64_t turn = 0; turn < packets; turn += shape.threads_per_row) {
     const int64_t i = turn + thread;
-    Packet<bytes> value = {};
-    if (i < packets) value = load_global_once(x + token * packets + i);
-    for (int64_t slot = first_slot; slot < end_slot; slot += kAtOnce) {
-      const int first = static_cast<int>((slot - first_slot) % kWarpSize);
-      if (first == 0 && routing.top_k > kWarpSize)
-        lane_row = row_of(routing, slot + lane, end_slot);
+    const Packet<bytes> value =
+        load_global_once_if(has_token && i < packets, x + token * packets + i);
+    for (int64_t k = 0; k < routing.top_k; k += kAtOnce) {
+      const int first = static_cast<int>(k % kWarpSize);
+      if (first == 0 && routing.top_k > kWarpSize) {
+        lane_row = row_of(routing, first_slot + k + lane, end_slot);
+      }
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int64_t row = __shfl_sync(kAllLanes, lane_row, first + k);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t row = __shfl_sync(kAllLanes, lane_row, first + j);
         if (row >= 0 && i < packets) store_global(rows + row * packets + i, value);
       }
     }
