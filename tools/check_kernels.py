@@ -34,7 +34,9 @@ class Requirement:
     instructions: tuple[str, ...]
 
 
-REQUIREMENTS: tuple[Requirement, ...] = ()
+REQUIREMENTS: tuple[Requirement, ...] = (
+    Requirement(r"sm80::.*_product_kernel", "sm_80", ("HMMA", "LDSM", "LDGSTS")),
+)
 
 LISTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDSM", "STSM", "USETMAXREG")
 
