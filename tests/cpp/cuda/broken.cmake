@@ -56,3 +56,7 @@ fomoe_broken_kernel(broken_route_without_barrier_before_summing
   FILE route/route_cuda.cu TEST test_route_cuda
   REPLACE "warp_sums[warp] = inclusive;\n  __syncthreads();"
   BY "warp_sums[warp] = inclusive;")
+fomoe_broken_kernel(broken_sm80_stage_that_is_refilled_while_it_is_read
+  FILE grouped_gemm/sm80_tile.cuh KERNEL grouped_gemm/sm80_rows_store.cu TEST test_sm80_products
+  REPLACE "    cp_async_wait<kStages - 2>();\n    __syncthreads();\n    // Past"
+  BY "    cp_async_wait<kStages - 2>();\n    // Past")
