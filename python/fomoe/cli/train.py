@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from fomoe.federation.config import load_config
-
 
 def train(
     config: Annotated[Path, typer.Option(help="TOML file with the settings.")],
@@ -23,6 +21,8 @@ def train(
     ] = None,
 ) -> None:
     """Train one model across sites as CONFIG says."""
+    from fomoe.federation.config import load_config
+
     settings = load_config(config, overrides or [])
     from fomoe.federation.launch import train as run
     from fomoe.federation.run_folder import run_folder_of
