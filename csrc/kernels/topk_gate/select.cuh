@@ -14,13 +14,18 @@ namespace fomoe::cuda {
 template <typename Real>
 using Key = decltype(score_key(Real{}));
 
-/// Below every key. No number maps to the integer next to the lowest, so that NaN can.
+/// Below every key.
 template <typename Real>
 constexpr Key<Real> kNoKey = std::numeric_limits<Key<Real>>::min();
 
+/// That of NaN: no number maps to the integers next to the lowest.
+template <typename Real>
+constexpr Key<Real> kLowestKey = kNoKey<Real> + kValues;
+
 template <typename Real>
 FOMOE_DEVICE Key<Real> key_of(Real score) {
-  return std::max(score_key(score), kNoKey<Real> + 1);
+  constexpr Key<Real> kLowest = kLowestKey<Real>;
+  return std::max(score_key(score), kLowest);
 }
 
 /// A score with this key.
@@ -114,17 +119,23 @@ struct Choices {
   int32_t* ids;  // [room]: -1 from the first that is missing on
 };
 
+/// Replaces a thread's key and index by the best of its team.
 template <typename Real>
-int64_t selection_bytes(const WarpTeam*, const Gate& gate) {
-  return gate.top_k * static_cast<int64_t>(sizeof(Real) + 4);
+FOMOE_DEVICE void reduce_to_best(const WarpTeam& team, Key<Real>& key, int& index) {
+  for (int distance = team.size / 2; distance > 0; distance /= 2) {
+    const Key<Real> other_key = __shfl_xor_sync(kAllLanes, key, distance);
+    const int other = __shfl_xor_sync(kAllLanes, index, distance);
+    const bool takes = is_better<Real>(other_key, other, key, index);
+    key = takes ? other_key : key;
+    index = takes ? other : index;
+  }
 }
 
-/// One choice after the other.
+/// One choice after the other, each from all values that are left.
 template <typename Real>
-FOMOE_DEVICE Choices<Real> select(const Gate& gate, const WarpTeam& team,
-                                  const Layout<WarpTeam>& layout, Key<Real> (&keys)[kValues],
-                                  const Real (&x)[kValues], char* memory) {
-  const Choices<Real> choices(memory, static_cast<int>(gate.top_k));
+FOMOE_DEVICE void select_one_by_one(const Gate& gate, const WarpTeam& team,
+                                    const Layout<WarpTeam>& layout, Key<Real> (&keys)[kValues],
+                                    const Real (&x)[kValues], const Choices<Real>& choices) {
   Key<Real> best = kNoKey<Real>;
   int best_j = 0;
 #pragma unroll
@@ -136,13 +147,7 @@ FOMOE_DEVICE Choices<Real> select(const Gate& gate, const WarpTeam& team,
     const int own = layout.expert(best_j);
     Key<Real> key = best;
     int expert = own;
-    for (int distance = team.size / 2; distance > 0; distance /= 2) {
-      const Key<Real> other_key = __shfl_xor_sync(kAllLanes, key, distance);
-      const int other = __shfl_xor_sync(kAllLanes, expert, distance);
-      const bool takes = is_better<Real>(other_key, other, key, expert);
-      key = takes ? other_key : key;
-      expert = takes ? other : expert;
-    }
+    reduce_to_best<Real>(team, key, expert);
     const bool is_mine = expert == own;
     Real logit = 0;
     int next_j = 0;
@@ -162,8 +167,6 @@ FOMOE_DEVICE Choices<Real> select(const Gate& gate, const WarpTeam& team,
       choices.logits[k] = logit;
     }
   }
-  team.sync();
-  return choices;
 }
 
 }  // namespace fomoe::cuda

@@ -169,7 +169,7 @@ FOMOE_DEVICE void resolve(const BlockTeam& team, const Choices<Real>& choices,
 template <typename Real>
 FOMOE_DEVICE Choices<Real> select(const Gate& gate, const BlockTeam& team,
                                   const Layout<BlockTeam>& layout, Key<Real> (&keys)[kValues],
-                                  const Real (&x)[kValues], char* memory) {
+                                  const Real (&x)[kValues], char* memory, char* /*block_memory*/) {
   const int top_k = static_cast<int>(gate.top_k), room = SelectionTables<Real>::room(top_k);
   const Choices<Real> choices = choices_of_block<Real>(memory, room);
   const SelectionTables<Real> tables(choices, room);
@@ -205,6 +205,10 @@ FOMOE_DEVICE Choices<Real> select(const Gate& gate, const BlockTeam& team,
 template <typename Real>
 int64_t selection_bytes(const BlockTeam*, const Gate& gate) {
   return SelectionTables<Real>::bytes(gate.top_k);
+}
+template <typename Real>
+int64_t block_selection_bytes(const BlockTeam*) {
+  return 0;
 }
 
 }  // namespace fomoe::cuda

@@ -81,6 +81,10 @@ struct BlockTeam {
   void* scratch_;
 };
 
+/// Blocks on a multiprocessor: enough for 128 registers a thread, or 256 where values are doubles.
+template <typename Real, typename Team>
+constexpr int kLeastBlocks = 2048 / (sizeof(Real) * Team::kThreads);
+
 template <typename Team, typename Real>
 FOMOE_DEVICE Real sum_over(const Team& team, Real value) {
   return team.reduce(value, [](Real a, Real b) { return a + b; });

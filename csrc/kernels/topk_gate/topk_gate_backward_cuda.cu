@@ -157,7 +157,8 @@ FOMOE_DEVICE void sigmoid_gradient(const BackwardCall<Real>& call, const Team& t
 }
 
 template <typename Real, typename Team>
-__global__ void __launch_bounds__(Team::kThreads) gate_backward_kernel(BackwardCall<Real> call) {
+__global__ void __launch_bounds__(Team::kThreads, kLeastBlocks<Real, Team>)
+    gate_backward_kernel(BackwardCall<Real> call) {
   char* memory = &dynamic_shared<char>();
   const Team team(call.team_size, memory);
   const Layout<Team> layout(team, call.packet_bits);

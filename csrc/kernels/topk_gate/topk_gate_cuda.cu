@@ -5,8 +5,8 @@
 
 #include "fomoe/topk_gate.h"
 #include "topk_gate/gate_sums.cuh"
-#include "topk_gate/select.cuh"
 #include "topk_gate/select_block.cuh"
+#include "topk_gate/select_sorted.cuh"
 
 namespace fomoe::cuda {
 namespace {
@@ -23,8 +23,10 @@ struct GateShared {
     counts = take(num_teams * static_cast<int64_t>(sizeof(double)));
     prob_sums = take(num_experts * static_cast<int64_t>(sizeof(int32_t)));
     const bool adds_teams = num_teams > 1;
-    teams = take(adds_teams ? num_experts * static_cast<int64_t>(sizeof(Real)) : 0);
-    team_bytes = selection_bytes<Real>(static_cast<const Team*>(nullptr), gate);
+    const Team* kind = nullptr;
+    selection = take(adds_teams ? num_experts * static_cast<int64_t>(sizeof(Real)) : 0);
+    teams = take(block_selection_bytes<Real>(kind));
+    team_bytes = selection_bytes<Real>(kind, gate);
     if (gate.top_k_groups < gate.num_groups) {
       const int num_groups = static_cast<int>(gate.num_groups);
       team_bytes = std::max(team_bytes, GroupTables<Real>::bytes(num_experts, num_groups));
@@ -38,7 +40,7 @@ struct GateShared {
     return bytes;
   }
 
-  int64_t z_sums, counts, prob_sums, teams, team_bytes, bytes = 0;
+  int64_t z_sums, counts, prob_sums, selection, teams, team_bytes, bytes = 0;
 };
 
 template <typename Real>
@@ -169,7 +171,7 @@ FOMOE_DEVICE void write_sums(const GateCall<Real>& call, const Team& team,
 }
 
 template <typename Real, typename Team>
-__global__ void __launch_bounds__(Team::kThreads)
+__global__ void __launch_bounds__(Team::kThreads, kLeastBlocks<Real, Team>)
     gate_kernel(GateCall<Real> call, GateSums<Real> sums) {
   const Gate& gate = call.gate;
   char* memory = &dynamic_shared<char>();
@@ -209,7 +211,8 @@ __global__ void __launch_bounds__(Team::kThreads)
                                      static_cast<int>(gate.num_groups));
       keep_best_groups(gate, team, layout, tables, keys);
     }
-    const Choices<Real> choices = select(gate, team, layout, keys, x, team_memory);
+    const Choices<Real> choices =
+        select(gate, team, layout, keys, x, team_memory, memory + call.shared.selection);
     weigh(gate, team, softmax, choices);
     write_choices(call, team, token, choices, counts);
     team.sync();
