@@ -60,3 +60,9 @@ fomoe_broken_kernel(broken_sm80_stage_that_is_refilled_while_it_is_read
   FILE grouped_gemm/sm80_tile.cuh KERNEL grouped_gemm/sm80_rows_store.cu TEST test_sm80_products
   REPLACE "    cp_async_wait<kStages - 2>();\n    __syncthreads();\n    // Past"
   BY "    cp_async_wait<kStages - 2>();\n    // Past")
+fomoe_broken_kernel(broken_combine_without_barrier
+  FILE combine/combine_cuda.cu TEST test_combine_cuda
+  REPLACE "__syncthreads();\n\n    if (has_token" BY "if (has_token")
+fomoe_broken_kernel(broken_row_tiles_without_bound
+  FILE grouped_gemm/row_tiles.cu TEST test_row_tiles
+  REPLACE " && listed + tile < most" BY "")

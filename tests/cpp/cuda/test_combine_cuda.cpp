@@ -137,6 +137,16 @@ TEST(accepts_no_tokens_and_no_columns) {
   check_equals_cpu({DType::kFloat64, 3, 2, 0, 0});
 }
 
+TEST(a_gradient_that_is_not_finite_leaves_skipped_weights_alone) {
+  const Case c = {DType::kFloat32, 3, 2, 4, 0};
+  Inputs inputs(c);
+  inputs.grad_y.assign(inputs.grad_y.size(), NAN);
+  const std::vector<double> d_weights = gradient(c, inputs).weights.values();
+  for (int64_t slot = 0; slot < c.num_rows(); ++slot) {
+    CHECK((inputs.routing.view.slot_to_row[slot] < 0) == (d_weights[slot] == 0.0));
+  }
+}
+
 TEST(gives_the_same_bits_every_time) {
   const Case c = {DType::kBFloat16, 5, 10, 520, 0};
   const Inputs inputs(c);
