@@ -3,6 +3,7 @@
 set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
   combine/combine_cuda.cu
   expert_mlp/bias_cuda.cu
+  expert_mlp/decode_cuda.cu
   expert_mlp/expert_mlp_cuda.cu
   grouped_gemm/grouped_gemm_cuda.cu
   grouped_gemm/products.cu

@@ -35,6 +35,13 @@ __attribute__((noinline)) inline T load_global_once_if(bool condition, const T* 
   return *address;
 }
 template <typename T>
+__attribute__((noinline)) inline T load_global_past_l1(const T* address) {
+  static_assert(sizeof(T) == 16);
+  emulation::note_access(emulation::Access::kGlobalLoad, address, sizeof(T),
+                         __builtin_return_address(0));
+  return *address;
+}
+template <typename T>
 __attribute__((noinline)) inline void store_global(T* address, T value) {
   emulation::note_access(emulation::Access::kGlobalStore, address, sizeof(T),
                          __builtin_return_address(0));
@@ -127,6 +134,16 @@ FOMOE_DEVICE T load_global_once_if(bool condition, const T* address) {
     if (condition) value = load_global_once(address);
     return value;
   }
+}
+/// 16 bytes of a stream that takes no room in the L1 cache.
+template <typename T>
+FOMOE_DEVICE T load_global_past_l1(const T* address) {
+  static_assert(sizeof(T) == 16);
+  uint4 word;
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+      : "l"(address));
+  return reinterpret_cast<const T&>(word);
 }
 template <typename T>
 FOMOE_DEVICE void store_global(T* address, T value) {

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Forward: two products, then combine. Backward: the product that gives d_hidden, whose epilogue
-// makes d_pre, weight * hidden and the parts of d_weights of it; then what is made of those. x and
-// grad_y are gathered where they are read. Buffers that do not live at the same time share memory.
+// Forward: two products, then combine; few rows take kernels of their own. Backward: the product
+// that gives d_hidden, whose epilogue makes d_pre, weight * hidden and the parts of d_weights of
+// it; then what is made of those. x and grad_y are gathered where they are read. Buffers that do
+// not live at the same time share memory.
 #include <algorithm>
 
 #include "expert_mlp/bias_cuda.h"
+#include "expert_mlp/decode_cuda.h"
 #include "fomoe/combine.h"
 #include "fomoe/expert_mlp.h"
 #include "fomoe/workspace.h"
@@ -143,17 +145,23 @@ int64_t expert_mlp_backward_workspace_bytes(KernelPath path, const ExpertMlp& ml
 void expert_mlp(KernelPath path, const ExpertMlp& mlp, const void* x, const void* weights, void* y,
                 void* pre, void* workspace, Stream stream) {
   const Routing& routing = mlp.routing;
+  const ExpertMatrices w1 = mlp.w1.transposed(), w2 = mlp.w2.transposed();
   const ForwardBuffers buffers(mlp, workspace);
-  const Products products = {mlp, list_tiles(mlp, buffers.tiles, stream)};
-  RowProduct up =
-      products.product(products.tokens(x), mlp.w1.transposed(), mlp.b1, Epilogue::kActivate);
+  const bool is_decode = decode::is_faster(path, w1, routing.num_rows()) &&
+                         decode::is_faster(path, w2, routing.num_rows());
+  const RowTiles tiles = is_decode ? RowTiles{} : list_tiles(mlp, buffers.tiles, stream);
+  const auto compute = [&](const RowProduct& product) {
+    if (is_decode) return decode::multiply(product, routing.offsets, stream);
+    multiply(path, product, stream);
+  };
+  const Products products = {mlp, tiles};
+  RowProduct up = products.product(products.tokens(x), w1, mlp.b1, Epilogue::kActivate);
   up.pre = pre;
   up.hidden = buffers.hidden;
-  multiply(path, up, stream);
-  RowProduct down = products.product(products.rows(buffers.hidden), mlp.w2.transposed(), mlp.b2,
-                                     Epilogue::kStore);
+  compute(up);
+  RowProduct down = products.product(products.rows(buffers.hidden), w2, mlp.b2, Epilogue::kStore);
   down.out = buffers.out;
-  multiply(path, down, stream);
+  compute(down);
   combine(mlp.dtype(), buffers.out, weights, routing, mlp.dim(), y, stream);
   if (pre) {
     zero_rows_past_end(routing.offsets, routing.num_local_experts, routing.num_rows(),

@@ -139,6 +139,16 @@ TEST(odd_sizes_and_alignments_equal_the_reference) {
   }
 }
 
+TEST(few_tokens_equal_the_reference) {
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t num_tokens : {1, 2, 5}) {
+      const Case sample(dtype, Activation::kSwiglu, num_tokens, 3, 40, 24);
+      check_on_every_path(sample);
+      check_on_every_path(sample.without_biases());
+    }
+  }
+}
+
 TEST(experts_with_more_rows_and_columns_than_one_tile_equal_the_reference) {
   for (const Activation activation : kActivations) {
     check_on_every_path(Case(DType::kBFloat16, activation, 200, 3, 24, 168));
