@@ -5,6 +5,7 @@
 // it is one predicate of the instruction.
 #pragma once
 
+#include "cuda/quotient.cuh"
 #include "grouped_gemm/sm80_tile.cuh"
 
 namespace fomoe::cuda::sm80 {
@@ -138,24 +139,6 @@ class ColumnsAcross {
   int depth_left_;  // from this thread's next line on
   const char* next_;
 };
-
-/// Division of numbers below 2^31 by one that the host knows, without a division: the multiplier is
-/// 2^(31 + shift) / divisor, rounded up, where 2^shift >= divisor, so that the error stays below
-/// 1 / divisor.
-struct Quotient {
-  uint32_t multiplier;
-  int32_t shift;
-
-  FOMOE_DEVICE uint32_t operator()(uint32_t number) const {
-    return __umulhi(2 * number, multiplier) >> shift;
-  }
-};
-
-inline Quotient divided_by(int64_t divisor) {
-  int32_t shift = 0;
-  while (int64_t{1} << shift < divisor) ++shift;
-  return {static_cast<uint32_t>(ceil_div(int64_t{1} << (31 + shift), divisor)), shift};
-}
 
 /// A source whose rows are steps of depth.
 struct GatheredSource {

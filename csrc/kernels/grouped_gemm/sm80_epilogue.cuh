@@ -3,7 +3,7 @@
 // columns of a row, and of gate and up, and reads and writes global memory in 16 bytes.
 #pragma once
 
-#include "cuda/numeric.cuh"
+#include "cuda/elements.cuh"
 #include "expert_mlp/activated.h"
 #include "grouped_gemm/sm80_copies.cuh"
 
@@ -45,40 +45,36 @@ FOMOE_DEVICE Eight load_sums(const Shared& shared, int row, int chunk) {
            high.sums[2], high.sums[3]}};
 }
 
+/// Eight elements that move in one access.
 template <typename T>
-FOMOE_DEVICE Eight unpack_eight(const Chunk& chunk) {
+using EightOf = Elements<T, kChunkElements>;
+
+template <typename T>
+FOMOE_DEVICE Eight widened(const EightOf<T>& elements) {
   Eight result;
-#pragma unroll
-  for (int i = 0; i < kChunkElements / 2; ++i) {
-    const Pair pair = unpack<T>(chunk.words[i]);
-    result.values[2 * i] = pair.first;
-    result.values[2 * i + 1] = pair.second;
-  }
+  widen(elements, result.values);
   return result;
 }
 
 template <typename T>
-FOMOE_DEVICE Chunk pack_eight(const Eight& eight) {
-  Chunk result;
-#pragma unroll
-  for (int i = 0; i < kChunkElements / 2; ++i) {
-    result.words[i] = pack<T>(eight.values[2 * i], eight.values[2 * i + 1]);
-  }
-  return result;
+FOMOE_DEVICE EightOf<T> narrowed(const Eight& eight) {
+  return narrow<T>(eight.values);
 }
 
-/// The chunk at `element` of an array.
-FOMOE_DEVICE const Chunk* chunk_at(const void* array, int64_t element) {
-  return reinterpret_cast<const Chunk*>(static_cast<const char*>(array) + element * kElementBytes);
+/// Those from `element` of an array on.
+template <typename T>
+FOMOE_DEVICE const EightOf<T>* eight_at(const void* array, int64_t element) {
+  return reinterpret_cast<const EightOf<T>*>(static_cast<const T*>(array) + element);
 }
-FOMOE_DEVICE Chunk* chunk_at(void* array, int64_t element) {
-  return reinterpret_cast<Chunk*>(static_cast<char*>(array) + element * kElementBytes);
+template <typename T>
+FOMOE_DEVICE EightOf<T>* eight_at(void* array, int64_t element) {
+  return reinterpret_cast<EightOf<T>*>(static_cast<T*>(array) + element);
 }
 
 /// The bias at `element`, or zeros.
 template <typename T>
 FOMOE_DEVICE Eight bias_at(const void* bias, int64_t element) {
-  return bias == nullptr ? Eight{} : unpack_eight<T>(load_global(chunk_at(bias, element)));
+  return bias == nullptr ? Eight{} : widened<T>(load_global(eight_at<T>(bias, element)));
 }
 
 FOMOE_DEVICE Eight operator+(const Eight& a, const Eight& b) {
@@ -101,8 +97,8 @@ FOMOE_DEVICE void store_rows(const Shared& shared, const Columns& columns, int r
 #pragma unroll 4
   for (int row = static_cast<int>(threadIdx.x) / kRowChunks; row < rows;
        row += kThreads / kRowChunks) {
-    store_global(chunk_at(out, row * cols + column),
-                 pack_eight<T>(load_sums(shared, row, chunk) + added));
+    store_global(eight_at<T>(out, row * cols + column),
+                 narrowed<T>(load_sums(shared, row, chunk) + added));
   }
 }
 
@@ -123,20 +119,20 @@ FOMOE_DEVICE void activate_rows(const Shared& shared, const RowProduct& product,
   for (int row = static_cast<int>(threadIdx.x) / kRowChunks; row < tile.end - tile.begin;
        row += kThreads / kRowChunks) {
     const int64_t r = tile.begin + row, at = r * cols + column;
-    const Chunk gate = pack_eight<T>(load_sums(shared, row, chunk) + gate_bias);
-    Chunk up = gate;
-    if constexpr (gated) up = pack_eight<T>(load_sums(shared, row, kRowChunks + chunk) + up_bias);
+    const EightOf<T> gate = narrowed<T>(load_sums(shared, row, chunk) + gate_bias);
+    EightOf<T> up = gate;
+    if constexpr (gated) up = narrowed<T>(load_sums(shared, row, kRowChunks + chunk) + up_bias);
     if (product.pre != nullptr) {
-      store_global(chunk_at(product.pre, at), gate);
-      if constexpr (gated) store_global(chunk_at(product.pre, at + expert_dim), up);
+      store_global(eight_at<T>(product.pre, at), gate);
+      if constexpr (gated) store_global(eight_at<T>(product.pre, at + expert_dim), up);
     }
-    const Eight gates = unpack_eight<T>(gate), ups = unpack_eight<T>(up);
+    const Eight gates = widened<T>(gate), ups = widened<T>(up);
     Eight hidden;
 #pragma unroll
     for (int i = 0; i < kChunkElements; ++i) {
       hidden.values[i] = activated<activation>(gates.values[i], ups.values[i]).value;
     }
-    store_global(chunk_at(product.hidden, r * expert_dim + column), pack_eight<T>(hidden));
+    store_global(eight_at<T>(product.hidden, r * expert_dim + column), narrowed<T>(hidden));
   }
 }
 
@@ -156,10 +152,10 @@ FOMOE_DEVICE float activate_backward(const RowProduct& product, int64_t row, int
   const int64_t expert_dim = product.b.cols;
   const int64_t at = row * (gated ? 2 * expert_dim : expert_dim) + column;
   const float weight = weight_of(product, row);
-  const Eight gates = unpack_eight<T>(load_global_once(chunk_at(product.pre, at)));
+  const Eight gates = widened<T>(load_global_once(eight_at<T>(product.pre, at)));
   Eight ups = gates;
   if constexpr (gated)
-    ups = unpack_eight<T>(load_global_once(chunk_at(product.pre, at + expert_dim)));
+    ups = widened<T>(load_global_once(eight_at<T>(product.pre, at + expert_dim)));
   Eight hidden, d_gate, d_up;
   float part = 0;
 #pragma unroll
@@ -171,9 +167,9 @@ FOMOE_DEVICE float activate_backward(const RowProduct& product, int64_t row, int
     d_gate.values[i] = d_act * act.d_gate;
     d_up.values[i] = d_act * act.d_up;
   }
-  store_global(chunk_at(product.hidden, row * expert_dim + column), pack_eight<T>(hidden));
-  store_global(chunk_at(product.d_pre, at), pack_eight<T>(d_gate));
-  if constexpr (gated) store_global(chunk_at(product.d_pre, at + expert_dim), pack_eight<T>(d_up));
+  store_global(eight_at<T>(product.hidden, row * expert_dim + column), narrowed<T>(hidden));
+  store_global(eight_at<T>(product.d_pre, at), narrowed<T>(d_gate));
+  if constexpr (gated) store_global(eight_at<T>(product.d_pre, at + expert_dim), narrowed<T>(d_up));
   return part;
 }
 

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   const int64_t first = row_tile * kTileRows, left_over = product.out_rows - first;
   store_rows<T>(shared, columns, static_cast<int>(left_over < kTileRows ? left_over : kTileRows),
                 product.out_cols, nullptr, 0,
-                chunk_at(product.out, (expert * product.out_rows + first) * product.out_cols));
+                eight_at<T>(product.out, (expert * product.out_rows + first) * product.out_cols));
 }
 
 }  // namespace

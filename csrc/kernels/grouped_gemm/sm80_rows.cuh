@@ -35,7 +35,7 @@ FOMOE_DEVICE TilePosition position_of(int64_t i, int64_t row_tiles, int64_t col_
 
 template <Lines lines>
 FOMOE_DEVICE auto expert_columns(const ExpertMatrices& b, int32_t expert, const Columns& columns) {
-  const void* data = chunk_at(b.data, expert * b.expert_stride);
+  const void* data = static_cast<const char*>(b.data) + expert * b.expert_stride * kElementBytes;
   if constexpr (lines == Lines::kAlongDepth) {
     return ColumnsAlongDepth(data, b.rows, b.col_stride, columns);
   } else {
@@ -50,7 +50,7 @@ FOMOE_DEVICE void finish_rows(const Shared& shared, const RowProduct& product, c
   if constexpr (epilogue == Epilogue::kStore) {
     const int64_t cols = product.b.cols;
     store_rows<T>(shared, columns, tile.end - tile.begin, cols, product.bias, tile.expert * cols,
-                  chunk_at(product.out, tile.begin * cols));
+                  eight_at<T>(product.out, tile.begin * cols));
   } else {
     const auto finish = [&]<Activation activation>() {
       if constexpr (epilogue == Epilogue::kActivate) {

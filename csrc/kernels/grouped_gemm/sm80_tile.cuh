@@ -68,7 +68,8 @@ struct Fragments {
   uint32_t left[4][4], right[4][4];
 };
 
-/// Sums of a thread: rows 16 i + ..., columns of column_of(n).
+/// sums[i][n][2 h + {0, 1}] of a thread: row warp_row() + 16 i + 8 h + lane / 4 of the tile,
+/// columns column_of(n) + 2 (lane % 4) + {0, 1}.
 using Sums = float[4][8][4];
 
 FOMOE_DEVICE int warp_row() { return static_cast<int>(threadIdx.x) / 64 * 64; }

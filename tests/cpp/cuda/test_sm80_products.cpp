@@ -3,7 +3,7 @@
 #ifdef FOMOE_EMULATION
 #include "cuda_emulation.h"
 
-#include "grouped_gemm/sm80_copies.cuh"
+#include "cuda/quotient.cuh"
 #endif
 
 namespace {
@@ -80,7 +80,7 @@ void check_no_bank_conflicts(const KernelCounts& counts) {
 
 TEST(a_quotient_is_that_of_the_division) {
   for (const int64_t divisor : {1, 2, 3, 5, 6, 7, 8, 127, 128, 129, 641, 4095, 4096}) {
-    const fomoe::cuda::sm80::Quotient quotient = fomoe::cuda::sm80::divided_by(divisor);
+    const fomoe::cuda::Quotient quotient = fomoe::cuda::divided_by(divisor);
     const int64_t last = (int64_t{1} << 31) - 1;
     for (const int64_t multiple : {int64_t{0}, divisor, 1000 * divisor, last / divisor * divisor}) {
       for (int64_t number = multiple - 1; number <= multiple + 1; ++number) {
