@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "asynchronous.h"
 #include "counters.h"
 #include "warp.h"
 
@@ -83,6 +84,22 @@ void load_matrices(uint32_t (&registers)[4], const void* row, bool transposed, c
         transposed ? element(warp, first, pair + 1, line) : element(warp, first, line, pair + 1);
     registers[matrix] = low | high << 16;
   }
+}
+
+void store_matrices(void* row, const uint32_t (&registers)[4], const void* site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) {
+    fail("stmatrix with an address that is not a multiple of 16");
+  }
+  note_access(Access::kSharedStore, row, 16, site);
+  asynchronous().shared.note_generic_write(row, 16);
+  const std::array<uint32_t, 4> own = {registers[0], registers[1], registers[2], registers[3]};
+  const Warp& warp = meet_with(kAllLanes, own);
+  const int matrix = fiber().lane / 8, line = fiber().lane % 8;
+  uint32_t words[4];
+  for (int pair = 0; pair < 4; ++pair) {
+    words[pair] = value_of<std::array<uint32_t, 4>>(warp, 4 * line + pair)[matrix];
+  }
+  std::memcpy(row, words, sizeof(words));
 }
 
 void multiply_matrices(float (&sums)[4], const uint32_t (&left)[4], const uint32_t (&right)[2],

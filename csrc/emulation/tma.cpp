@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tma.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <stdexcept>
 
 #include "asynchronous.h"
 #include "barrier.h"
+#include "counters.h"
 
 namespace fomoe::emulation {
 
@@ -27,27 +29,33 @@ void check_box(const BoxedArray& array, const void* shared) {
   if (array.box[0] * kElementBytes != 128) fail("a swizzled TMA box is not 128 bytes wide");
 }
 
-/// Calls function(shared offset of the element, its address or nullptr if it is out of bounds).
+/// Calls function(shared offset of a line, address of its first element or nullptr if none exists,
+/// bytes of it that exist).
 template <typename Function>
-void for_each_element(const BoxedArray& array, uint32_t shared, const int (&position)[5],
-                      const Function& function) {
+void for_each_line(const BoxedArray& array, uint32_t shared, const int (&position)[5],
+                   const Function& function) {
   const int64_t lines = bytes_of(array) / 128;
   for (int64_t line = 0; line < lines; ++line) {
-    int64_t rest = line, offset = 0;
-    bool inside = true;
+    int64_t rest = line, offset = position[0];
+    bool exists = 0 <= position[0] && position[0] < array.extents[0];
     for (int d = 1; d < array.rank; ++d) {
       const int64_t at = position[d] + rest % array.box[d];
       rest /= array.box[d];
-      inside = inside && 0 <= at && at < array.extents[d];
+      exists = exists && 0 <= at && at < array.extents[d];
       offset += at * array.strides[d];
     }
-    for (int i = 0; i < array.box[0]; ++i) {
-      const int64_t at = int64_t{position[0]} + i;
-      char* address = static_cast<char*>(array.data) + (offset + at) * kElementBytes;
-      const bool is_element = inside && 0 <= at && at < array.extents[0];
-      function(swizzled(static_cast<uint32_t>(shared + line * 128 + i * kElementBytes)),
-               is_element ? address : nullptr);
-    }
+    const int64_t columns = std::min<int64_t>(array.box[0], array.extents[0] - position[0]);
+    char* address = static_cast<char*>(array.data) + offset * kElementBytes;
+    function(static_cast<uint32_t>(shared + line * 128), exists ? address : nullptr,
+             exists ? columns * kElementBytes : 0);
+  }
+}
+
+/// Calls function(shared pointer, offset in the line) for the elements of a swizzled line.
+template <typename Function>
+void for_each_element(uint32_t line, const Function& function) {
+  for (uint32_t i = 0; i < 128; i += kElementBytes) {
+    function(block().shared + swizzled(line + i), i);
   }
 }
 
@@ -71,6 +79,9 @@ void tma_load(void* shared, const BoxedArray& array, void* barrier, const int (&
   const int64_t bytes = bytes_of(array);
   asynchronous().shared.begin_copy(shared, bytes, "a TMA load");
   std::memset(shared, 0xFF, bytes);
+  for_each_line(array, shared_offset(shared), position, [](uint32_t, char* from, int64_t size) {
+    if (size > 0) note_bulk_access(Access::kGlobalLoad, from, size);
+  });
   ++asynchronous().loads_under_way;
   std::array<int, 5> place;
   std::copy(std::begin(position), std::end(position), place.begin());
@@ -78,9 +89,11 @@ void tma_load(void* shared, const BoxedArray& array, void* barrier, const int (&
     if (block().alive == 0) return;
     int where[5];
     std::copy(place.begin(), place.end(), where);
-    for_each_element(array, shared_offset(shared), where, [](uint32_t to, const char* from) {
-      const char zero[kElementBytes] = {};
-      std::memcpy(block().shared + to, from ? from : zero, kElementBytes);
+    for_each_line(array, shared_offset(shared), where, [](uint32_t line, char* from, int64_t size) {
+      for_each_element(line, [&](char* to, uint32_t i) {
+        const char zero[kElementBytes] = {};
+        std::memcpy(to, i < size ? from + i : zero, kElementBytes);
+      });
     });
     asynchronous().shared.end_copy(shared, bytes, false);
     --asynchronous().loads_under_way;
@@ -92,13 +105,18 @@ void tma_store(const BoxedArray& array, const void* shared, const int (&position
   check_box(array, shared);
   const int64_t bytes = bytes_of(array);
   asynchronous().shared.begin_read(SharedState::Reader::kStore, shared, bytes);
+  for_each_line(array, shared_offset(shared), position, [](uint32_t, char* to, int64_t size) {
+    if (size > 0) note_bulk_access(Access::kGlobalStore, to, size);
+  });
   std::array<int, 5> place;
   std::copy(std::begin(position), std::end(position), place.begin());
   thread_state().bulk_stores.push_back([=] {
     int where[5];
     std::copy(place.begin(), place.end(), where);
-    for_each_element(array, shared_offset(shared), where, [](uint32_t from, char* to) {
-      if (to) std::memcpy(to, block().shared + from, kElementBytes);
+    for_each_line(array, shared_offset(shared), where, [](uint32_t line, char* to, int64_t size) {
+      for_each_element(line, [&](const char* from, uint32_t i) {
+        if (i < size) std::memcpy(to + i, from, kElementBytes);
+      });
     });
     asynchronous().shared.end_read(SharedState::Reader::kStore, shared, bytes);
   });

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tensor core products of one warp (mma.sync), and the loads of their fragments (ldmatrix). Every
-// lane of the warp takes part.
+// Tensor core products of one warp (mma.sync), and the loads and stores of fragments (ldmatrix,
+// stmatrix). Every lane of the warp takes part.
 #pragma once
 
 #include <type_traits>
@@ -18,6 +18,11 @@ namespace fomoe::cuda {
 template <bool transposed>
 __attribute__((noinline)) inline void load_matrices(uint32_t (&fragments)[4], const void* row) {
   emulation::load_matrices(fragments, row, transposed, __builtin_return_address(0));
+}
+
+/// The reverse of load_matrices<false>. From Hopper on.
+__attribute__((noinline)) inline void store_matrices(void* row, const uint32_t (&fragments)[4]) {
+  emulation::store_matrices(row, fragments, __builtin_return_address(0));
 }
 
 /// sums (16 x 8) += left (16 x 16) right (16 x 8), T = BFloat16 or Float16. With g = lane / 4 and
@@ -45,6 +50,13 @@ FOMOE_DEVICE void load_matrices(uint32_t (&fragments)[4], const void* row) {
                  : "r"(shared_address(row))
                  : "memory");
   }
+}
+
+FOMOE_DEVICE void store_matrices(void* row, const uint32_t (&fragments)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(fragments[0]), "r"(fragments[1]), "r"(fragments[2]), "r"(fragments[3])
+      : "memory");
 }
 
 template <typename T>

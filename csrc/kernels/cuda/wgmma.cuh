@@ -36,6 +36,7 @@ FOMOE_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t slab_bytes) {
 
 #ifdef FOMOE_EMULATION
 
+inline int volatile_lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
 inline uint32_t wgmma_address(const void* shared) { return emulation::shared_offset(shared); }
 
 template <int registers>
@@ -60,6 +61,14 @@ template <int registers>
 inline void claim_registers() {}
 
 #else
+
+/// Index of the lane. What is computed from it is computed anew in every round of a loop, instead
+/// of taking registers beside the accumulators all the time.
+FOMOE_DEVICE int volatile_lane() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 
 FOMOE_DEVICE uint32_t wgmma_address(const void* shared) { return shared_address(shared); }
 

@@ -7,7 +7,8 @@ namespace {
 
 constexpr int kTileCols = 128, kTileChunks = kTileCols / kChunkCols;
 
-/// The saved pre-activation of a warp's rows: gate, and up if there is one.
+/// The saved pre-activation of a warp's rows: gate, and up if there is one. The gradients take
+/// their places, from where they are stored.
 struct SavedPre {
   Chunk parts[2][kTileChunks];
 };
@@ -46,7 +47,8 @@ struct BackwardEpilogue {
 
   /// Copies the pre-activation, while the product is computed.
   FOMOE_DEVICE void begin(const RowArguments& p, const WarpTile& tile) {
-    const int lane = threadIdx.x % kWarpSize, piece = lane % 8;
+    const int lane = volatile_lane(), piece = lane % 8;
+    chunks.finish();
     __syncwarp();
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass) {
@@ -84,28 +86,34 @@ struct BackwardEpilogue {
   template <Activation activation>
   FOMOE_DEVICE void end(const RowArguments& p, const WarpTile& tile, const float (&sums)[64]) {
     constexpr bool gated = is_gated(activation);
-    const int lane = threadIdx.x % kWarpSize;
+    const int lane = volatile_lane();
     const float weights[2] = {weight_of(p, tile, lane / 4), weight_of(p, tile, lane / 4 + 8)};
     float parts[2] = {};
 #pragma unroll
-    for (int chunk = 0; chunk < kTileChunks; ++chunk) {
-      ChunkWords hidden, d_gate, d_up;
+    for (int i = 0; i < kTileChunks; ++i) {
+      const int col = tile.first_col + i * kChunkCols;
+      if (col >= p.out.width) break;
+      Chunk& hidden = chunks.next();
+      Chunk &gate = saved.parts[0][i], &up = saved.parts[1][i];
 #pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int offset = word_offset(i / 2, i % 2);
-        const uint32_t gate = saved_word(0, chunk, offset);
-        const uint32_t up = gated ? saved_word(1, chunk, offset) : gate;
+      for (int j = 0; j < 16; ++j) {
+        const int offset = word_offset(lane, j / 2, j % 2);
+        uint32_t* gate_word = reinterpret_cast<uint32_t*>(gate.lines + offset);
+        uint32_t* up_word = reinterpret_cast<uint32_t*>(up.lines + offset);
+        const uint32_t gate_value = load_shared(gate_word);
         const PairGradient gradient =
-            gradient_of<T, activation>(sums + 32 * chunk + 2 * i, weights[i % 2], gate, up);
-        parts[i % 2] += gradient.part;
-        hidden[i] = gradient.hidden;
-        d_gate[i] = gradient.d_gate;
-        d_up[i] = gradient.d_up;
+            gradient_of<T, activation>(sums + 32 * i + 2 * j, weights[j % 2], gate_value,
+                                       gated ? load_shared(up_word) : gate_value);
+        parts[j % 2] += gradient.part;
+        store_shared(reinterpret_cast<uint32_t*>(hidden.lines + offset), gradient.hidden);
+        store_shared(gate_word, gradient.d_gate);
+        if (gated) store_shared(up_word, gradient.d_up);
       }
-      const int col = tile.first_col + chunk * kChunkCols;
-      chunks.store(p.out, hidden, tile.row, tile.rows, 0, col);
-      chunks.store(p.pre, d_gate, tile.row, tile.rows, 0, col);
-      if (gated) chunks.store(p.pre, d_up, tile.row, tile.rows, 1, col);
+      chunks.publish();
+      chunks.put(p.out, hidden, tile.row, tile.rows, 0, col);
+      chunks.put(p.pre, gate, tile.row, tile.rows, 0, col);
+      if (gated) chunks.put(p.pre, up, tile.row, tile.rows, 1, col);
+      chunks.close();
     }
     store_parts(p, tile, parts);
   }
@@ -113,10 +121,6 @@ struct BackwardEpilogue {
   FOMOE_DEVICE void finish() { chunks.finish(); }
 
  private:
-  FOMOE_DEVICE uint32_t saved_word(int part, int chunk, int offset) const {
-    return load_shared(reinterpret_cast<const uint32_t*>(saved.parts[part][chunk].lines + offset));
-  }
-
   /// The combine weight of a row; 0 if its slot, or the row, does not exist.
   FOMOE_DEVICE static float weight_of(const RowArguments& p, const WarpTile& tile, int line) {
     if (line >= tile.rows) return 0;
@@ -129,7 +133,7 @@ struct BackwardEpilogue {
   /// The four lanes of a row add up in a fixed order.
   FOMOE_DEVICE static void store_parts(const RowArguments& p, const WarpTile& tile,
                                        const float (&parts)[2]) {
-    const int lane = threadIdx.x % kWarpSize;
+    const int lane = volatile_lane();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float sum = parts[i];

@@ -4,6 +4,7 @@
 // the lanes do.
 #pragma once
 
+#include "cuda/mma.cuh"
 #include "cuda/numeric.cuh"
 #include "grouped_gemm/sm90_pipeline.cuh"
 
@@ -26,9 +27,18 @@ using ChunkWords = uint32_t[16];
 
 /// Place of words[2 j + i] in a chunk. Conflict-free: the 8 rows of a warp's access lie in 8
 /// pieces.
-FOMOE_DEVICE int word_offset(int j, int i) {
-  const int lane = threadIdx.x % kWarpSize, row = lane / 4;
-  return (row + 8 * i) * kLineBytes + ((j ^ row) << 4) + lane % 4 * 4;
+FOMOE_DEVICE int word_offset(int lane, int j, int i) {
+  const int row = lane / 4;
+  const int of_row = row * kLineBytes + (row << 4) + lane % 4 * 4;
+  return (of_row ^ j << 4) + 8 * i * kLineBytes;
+}
+
+/// Place of the 16 bytes that a lane stores of words 4 quad .. 4 quad + 3 of the warp's lanes, as
+/// stmatrix puts them together: of columns 8 j .. 8 j + 7, j = 2 quad + lane / 16.
+FOMOE_DEVICE int piece_offset(int lane, int quad) {
+  const int row = lane % 16;
+  const int of_row = row * kLineBytes + (row % 8 << 4);
+  return of_row ^ (2 * quad + lane / 16) << 4;
 }
 
 template <typename T>
@@ -52,57 +62,69 @@ inline RowOutput row_output(DType dtype, void* data, int64_t num_rows, int64_t w
           static_cast<unsigned char*>(data), static_cast<int>(width), static_cast<int>(parts)};
 }
 
-/// A warp's two buffers.
+/// How a warp stores its chunks. Its two buffers take turns.
 class ChunkStore {
  public:
   FOMOE_DEVICE explicit ChunkStore(Staging& staging)
       : chunks_(staging.chunks[threadIdx.x / kWarpSize - kLoaders / kWarpSize]) {}
 
-  /// Columns col.. of a part, to rows row.. of which `rows` exist.
+  /// A buffer that all stores but those of the last group have read.
+  FOMOE_DEVICE Chunk& next() {
+    tma_wait_read<1>();
+    __syncwarp();
+    return chunks_[turn_ ^= 1];
+  }
+  /// Before the put of what the warp has written.
+  FOMOE_DEVICE void publish() {
+    fence_async_proxy();
+    __syncwarp();
+  }
+  /// Stores columns col.. of a part to rows row.. of which `rows` exist.
+  FOMOE_DEVICE void put(const RowOutput& output, const Chunk& chunk, int row, int rows, int part,
+                        int col) {
+    if (rows >= kChunkRows) {
+      put(output.map, chunk, col, part, row);
+    } else {
+      put_rows(output, chunk, row, rows, part, col);
+    }
+  }
+  /// Stores a whole chunk; what lies outside of the map's array is dropped.
+  FOMOE_DEVICE void put(const TensorMap& map, const Chunk& chunk, int x, int y, int z) {
+    if (threadIdx.x % kWarpSize == 0) tma_store(map, chunk.lines, x, y, z);
+  }
+  /// Ends a group of puts.
+  FOMOE_DEVICE void close() { tma_commit(); }
+
   FOMOE_DEVICE void store(const RowOutput& output, const ChunkWords& words, int row, int rows,
                           int part, int col) {
     if (col >= output.width) return;
-    Chunk& chunk = write(words);
-    if (rows >= kChunkRows) {
-      store_box(output.map, chunk, col, part, row);
-    } else {
-      store_rows(output, chunk, row, rows, part, col);
-    }
+    const Chunk& chunk = write(words);
+    put(output, chunk, row, rows, part, col);
+    close();
   }
-  /// A whole chunk; what lies outside of the map's array is dropped.
   FOMOE_DEVICE void store(const TensorMap& map, const ChunkWords& words, int x, int y, int z) {
-    store_box(map, write(words), x, y, z);
+    const Chunk& chunk = write(words);
+    put(map, chunk, x, y, z);
+    close();
   }
-  /// Before the thread exits.
+  /// Until all stores have read their buffers; before the thread exits.
   FOMOE_DEVICE void finish() { tma_wait_read<0>(); }
 
  private:
   FOMOE_DEVICE Chunk& write(const ChunkWords& words) {
-    Chunk& chunk = chunks_[turn_ ^= 1];
-    tma_wait_read<1>();  // the store before the last has read this buffer
-    __syncwarp();
+    Chunk& chunk = next();
+    const int lane = volatile_lane();
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        store_shared(reinterpret_cast<uint32_t*>(chunk.lines + word_offset(j, i)),
-                     words[2 * j + i]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      store_matrices(chunk.lines + piece_offset(lane, i),
+                     {words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]});
     }
+    publish();
     return chunk;
   }
-  FOMOE_DEVICE void store_box(const TensorMap& map, const Chunk& chunk, int x, int y, int z) {
-    fence_async_proxy();
-    __syncwarp();
-    if (threadIdx.x % kWarpSize == 0) {
-      tma_store(map, chunk.lines, x, y, z);
-      tma_commit();
-    }
-  }
-  FOMOE_DEVICE void store_rows(const RowOutput& output, const Chunk& chunk, int row, int rows,
-                               int part, int col) {
-    __syncwarp();
-    const int lane = threadIdx.x % kWarpSize, piece = lane % 8;
+  FOMOE_DEVICE void put_rows(const RowOutput& output, const Chunk& chunk, int row, int rows,
+                             int part, int col) {
+    const int lane = volatile_lane(), piece = lane % 8;
 #pragma unroll
     for (int pass = 0; pass < 4; ++pass) {
       const int line = lane / 8 + 4 * pass;
@@ -113,7 +135,6 @@ class ChunkStore {
       store_global(reinterpret_cast<Packet<16>*>(output.data + 2 * element),
                    load_shared(reinterpret_cast<const Packet<16>*>(chunk.lines + offset)));
     }
-    tma_commit();  // an empty group, so that the buffers go on taking turns
   }
 
   Chunk* chunks_;
