@@ -58,6 +58,7 @@ stage build 240 build
 stage c++ 180 cpp
 stage kernels 20 kernels
 stage ops 180 tests tests/ops tests/reference tests/packaging
+stage cuda 60 tests tests/cuda
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage bench 60 tests tests/bench
 stage docs 30 tests tests/docs
