@@ -39,7 +39,7 @@ constexpr const char* kHelp =
     "  --decode-tokens N      tokens of the op decode; repeatable; default 1, 16, 128\n"
     "  --cold | --warm        whether operands come from memory or from the cache; default cold\n"
     "  --launch graph|stream  CUDA graphs of many calls, or call by call; default graph\n"
-    "  --seconds S            for every measurement; default 1\n"
+    "  --seconds S            for every measurement; default 1; 0: one repetition\n"
     "  --cublas FILE          library of the dense product; default: found by its usual names\n"
     "  --list                 show the shapes\n";
 

@@ -64,10 +64,11 @@ std::vector<std::vector<double>> interleave(const std::vector<Stopwatch*>& stopw
   using Clock = std::chrono::steady_clock;
   const size_t count = stopwatches.size();
   std::vector<std::vector<double>> times(count);
+  const size_t least = seconds > 0 ? kMinRepetitions : 1;
   const auto begin = Clock::now();
   for (size_t repetition = 0; repetition < kMostRepetitions; ++repetition) {
     const std::chrono::duration<double> spent = Clock::now() - begin;
-    if (repetition >= kMinRepetitions && spent.count() >= seconds) break;
+    if (repetition >= least && spent.count() >= seconds) break;
     for (size_t i = 0; i < count; ++i) {
       const bool reversed = repetition / count % 2 != 0;
       const size_t place = (i + repetition) % count;

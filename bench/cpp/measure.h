@@ -26,8 +26,8 @@ Spread spread(std::vector<double> numbers);
 /// Of the ratios numerators[i] / denominators[i].
 Spread paired_ratio(const std::vector<double>& numerators, const std::vector<double>& denominators);
 
-/// Microseconds of each stopwatch in each repetition, at least 10 and for about `seconds` in all.
-/// The order changes from repetition to repetition.
+/// Microseconds of each stopwatch in each repetition, whose order changes: at least 10 and for
+/// about `seconds` in all, or one if that is 0.
 std::vector<std::vector<double>> interleave(const std::vector<Stopwatch*>& stopwatches,
                                             double seconds);
 
