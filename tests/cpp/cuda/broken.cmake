@@ -60,3 +60,14 @@ fomoe_broken_kernel(broken_sm80_stage_that_is_refilled_while_it_is_read
   FILE grouped_gemm/sm80_tile.cuh KERNEL grouped_gemm/sm80_rows_store.cu TEST test_sm80_products
   REPLACE "    cp_async_wait<kStages - 2>();\n    __syncthreads();\n    // Past"
   BY "    cp_async_wait<kStages - 2>();\n    // Past")
+fomoe_broken_kernel(broken_sm90_without_proxy_fence
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_weight_product.cu
+  TEST test_sm90_products
+  REPLACE "if (k >= first_copied) fence_async_proxy();")
+fomoe_broken_kernel(broken_sm90_stage_that_is_released_early
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_weight_product.cu
+  TEST test_sm90_products
+  REPLACE "wgmma_wait<1>()" BY "wgmma_wait<2>()")
+fomoe_broken_kernel(broken_sm90_without_zeros_past_the_rows
+  FILE grouped_gemm/sm90_weight_product.cu TEST test_sm90_products
+  REPLACE "r < end ? operand.rows.index(r) : -1" BY "operand.rows.index(r)")
