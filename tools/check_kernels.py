@@ -34,7 +34,12 @@ class Requirement:
     instructions: tuple[str, ...]
 
 
-REQUIREMENTS = (Requirement(r"^sm80::.*product_kernel", "sm_80", ("HMMA", "LDSM", "LDGSTS")),)
+HOPPER = ("HGMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG")
+REQUIREMENTS = (
+    Requirement(r"^sm80::.*product_kernel", "sm_80", ("HMMA", "LDSM", "LDGSTS")),
+    Requirement(r"^sm90::row_product_kernel", "sm_90a", HOPPER),
+    Requirement(r"^sm90::weight_product_kernel", "sm_90a", HOPPER),
+)
 
 LISTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDSM", "STSM", "USETMAXREG")
 

@@ -19,6 +19,7 @@ inline constexpr int kNumConsumers = 2;  // warpgroups
 inline constexpr int kNumConsumerWarps = 4 * kNumConsumers;
 inline constexpr int kLoaders = 128;  // threads, the first of the block
 inline constexpr int kThreads = kLoaders * (1 + kNumConsumers);
+inline constexpr int kMostSharedBytes = 227 * 1024;  // of a block on sm_90
 // 128 * 40 + 256 * 232 of the 65536 registers.
 inline constexpr int kLoaderRegisters = 40, kConsumerRegisters = 232;
 

@@ -192,6 +192,7 @@ template <typename T, Major b_major, template <typename> class EpilogueOf>
 __global__ void __launch_bounds__(kThreads, 1)
     row_product_kernel(const __grid_constant__ RowArguments p) {
   using Epilogue = EpilogueOf<T>;
+  static_assert(sizeof(RowShared<Epilogue>) <= kMostSharedBytes);
   auto& shared = dynamic_shared<RowShared<Epilogue>>();
   prepare(shared.pipeline, p.source.slots != nullptr ? 1 + kLoaders : 1);
   if (own_warpgroup() == 0) {

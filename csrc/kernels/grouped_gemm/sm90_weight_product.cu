@@ -167,6 +167,7 @@ struct WeightShared {
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     weight_product_kernel(const __grid_constant__ WeightArguments p) {
+  static_assert(sizeof(WeightShared) <= kMostSharedBytes);
   auto& shared = dynamic_shared<WeightShared>();
   prepare(shared.pipeline, 1 + kLoaders);
   if (own_warpgroup() == 0) {

@@ -66,3 +66,14 @@ fomoe_broken_kernel(broken_combine_without_barrier
 fomoe_broken_kernel(broken_row_tiles_without_bound
   FILE grouped_gemm/row_tiles.cu TEST test_row_tiles
   REPLACE " && listed + tile < most" BY " && true")
+fomoe_broken_kernel(broken_sm90_without_proxy_fence
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_weight_product.cu
+  TEST test_sm90_products
+  REPLACE "if (k >= first_copied) fence_async_proxy();")
+fomoe_broken_kernel(broken_sm90_stage_that_is_released_early
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_weight_product.cu
+  TEST test_sm90_products
+  REPLACE "wgmma_wait<1>()" BY "wgmma_wait<2>()")
+fomoe_broken_kernel(broken_sm90_without_zeros_past_the_rows
+  FILE grouped_gemm/sm90_weight_product.cu TEST test_sm90_products
+  REPLACE "r < end ? operand.rows.index(r) : -1" BY "operand.rows.index(r)")
