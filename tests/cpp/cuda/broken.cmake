@@ -65,4 +65,17 @@ fomoe_broken_kernel(broken_combine_without_barrier
   REPLACE "__syncthreads();\n\n    if (has_token" BY "if (has_token")
 fomoe_broken_kernel(broken_row_tiles_without_bound
   FILE grouped_gemm/row_tiles.cu TEST test_row_tiles
-  REPLACE " && listed + tile < most" BY "")
+  REPLACE " && listed + tile < most")
+fomoe_broken_kernel(broken_sm80_without_swizzle
+  FILE grouped_gemm/sm80_tile.cuh KERNEL grouped_gemm/sm80_rows_store.cu TEST test_sm80_products
+  REPLACE "line * kLineChunks + (chunk ^ mask)" BY "line * kLineChunks + chunk")
+fomoe_broken_kernel(broken_sm90_with_the_wrong_parity
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_row_store.cu TEST test_sm90_products
+  REPLACE "wait(pipeline.full[turn.stage], turn.parity)"
+  BY "wait(pipeline.full[turn.stage], turn.parity ^ 1)")
+fomoe_broken_kernel(broken_sm90_with_stages_released_early
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_row_store.cu TEST test_sm90_products
+  REPLACE "    wgmma_wait<1>();  // the previous stage has been read\n")
+fomoe_broken_kernel(broken_sm90_without_proxy_fence
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_row_store.cu TEST test_sm90_products
+  REPLACE "if (k >= first_copied) fence_async_proxy();")
