@@ -34,11 +34,14 @@ class Requirement:
     instructions: tuple[str, ...]
 
 
-HOPPER = ("HGMMA", "UTMALDG", "UTMASTG", "LDGSTS", "USETMAXREG")
+# Hopper kernels load by TMA, gather by LDGSTS, and store by TMA.
 REQUIREMENTS = (
-    Requirement(r"^sm80::.*product_kernel", "sm_80", ("HMMA", "LDSM", "LDGSTS")),
-    Requirement(r"^sm90::row_product_kernel", "sm_90a", HOPPER),
-    Requirement(r"^sm90::weight_product_kernel", "sm_90a", HOPPER),
+    Requirement(r"^sm80::(row|weight)_product_kernel", "sm_80", ("HMMA", "LDSM", "LDGSTS")),
+    Requirement(
+        r"^sm90::(row|weight)_product_kernel",
+        "sm_90a",
+        ("HGMMA", "UTMALDG", "LDGSTS", "UTMASTG", "USETMAXREG"),
+    ),
 )
 
 LISTED = ("HGMMA", "HMMA", "UTMALDG", "UTMASTG", "LDGSTS", "LDSM", "STSM", "USETMAXREG")

@@ -26,6 +26,8 @@ namespace fomoe::emulation {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kMostThreads = 1024;
+constexpr int64_t kMostSharedBytes = 227 * 1024;  // of sm_90; sm_80 has 163 KiB
 
 thread_local Block* current_block = nullptr;
 thread_local Fiber* current_fiber = nullptr;
@@ -303,6 +305,13 @@ void defer(std::function<void()> effect) {
 
 void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_bytes,
             const std::function<void()>& body) {
+  if (threads < 1 || threads > kMostThreads || shared_bytes > kMostSharedBytes ||
+      blocks > INT32_MAX) {
+    throw std::runtime_error(std::string("emulation of ") + kernel + ": no GPU launches " +
+                             std::to_string(blocks) + " blocks of " + std::to_string(threads) +
+                             " threads with " + std::to_string(shared_bytes) +
+                             " bytes of shared memory");
+  }
   static const int64_t seed = environment_number("EMULATION_SEED", 0);
   static const int64_t most_threads =
       environment_number("EMULATION_THREADS", std::thread::hardware_concurrency());

@@ -5,11 +5,29 @@
 //
 // Found out: barriers that not all threads reach, deadlocks (reported, not hung), a missing
 // __syncthreads (threads run in a random order that EMULATION_SEED changes), warp collectives whose
-// lanes disagree, overruns of global and shared memory (under AddressSanitizer), shared memory that
-// is read before it is written (it starts as NaN). See the headers of this folder for more.
+// lanes disagree, misaligned accesses, overruns of global and shared memory (under
+// AddressSanitizer), shared memory that is read before it is written (it starts as NaN), and wrong
+// use of asynchronous copies, mbarriers, TMA and wgmma: see copies.h, barrier.h, tma.h, wgmma.h.
+// counters.h tells bytes, sectors and bank conflicts.
 //
-// Not seen: races between threads that no order of whole run-to-the-next-barrier steps shows, the
-// memory model's weakness, registers, and time.
+// Not seen:
+//  * Orders of the threads finer than from one barrier, collective or wait to the next: a fiber
+//    runs that far without the others, and lanes of a warp are never in lockstep. A race inside of
+//    one such step, say of two read-modify-writes without an atomic, goes unnoticed, and so does a
+//    missing __syncwarp between lanes where no order of whole steps shows it.
+//  * Races between blocks, but for what parallel threads of the operating system happen to show.
+//  * The memory model: everything is visible at once and in order, so that a missing __threadfence
+//    or a wrong scope of a fence changes nothing. Of the fences only that of the asynchronous proxy
+//    is modelled, in the shared memory of the own block.
+//  * Clusters, multicast and the memory of other blocks; graphs, streams and their order (a launch
+//    is over when it returns), devices, and the host reading memory too early.
+//  * How hardware rounds inside: mma and wgmma sum in ascending k in float32, and exp, division and
+//    the like are those of the C library.
+//  * What the compiler makes of the source: registers, spills, serialised wgmma, wrong PTX in the
+//    wrappers (the models take their place). tools/check_kernels.py looks at some of it.
+//  * Whether the registers of a block suffice, and shared memory beyond the 163 KiB of sm_80 in a
+//    kernel for it (beyond the 227 KiB of sm_90 is refused).
+//  * Time.
 #pragma once
 
 #include <algorithm>

@@ -66,6 +66,14 @@ fomoe_broken_kernel(broken_combine_without_barrier
 fomoe_broken_kernel(broken_row_tiles_without_bound
   FILE grouped_gemm/row_tiles.cu TEST test_row_tiles
   REPLACE " && listed + tile < most" BY " && true")
+fomoe_broken_kernel(broken_sm80_without_swizzle
+  FILE grouped_gemm/sm80_tile.cuh KERNEL grouped_gemm/sm80_rows_store.cu TEST test_sm80_products
+  REPLACE "line * kLineChunks + (chunk ^ mask)" BY "line * kLineChunks + chunk")
+fomoe_broken_kernel(broken_sm90_with_the_wrong_parity
+  FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_weight_product.cu
+  TEST test_sm90_products
+  REPLACE "wait(pipeline.full[turn.stage], turn.parity)"
+  BY "wait(pipeline.full[turn.stage], turn.parity ^ 1)")
 fomoe_broken_kernel(broken_sm90_without_proxy_fence
   FILE grouped_gemm/sm90_pipeline.cuh KERNEL grouped_gemm/sm90_weight_product.cu
   TEST test_sm90_products

@@ -141,6 +141,14 @@ void add_gate(Table& table) {
         {chosen.data(), weights.data(), counts.data(), prob_sum.data(), z_sum.data()},
         workspace.data(), nullptr);
   });
+  const on_device::Array d_weights = sums(R), d_logits(DType::kFloat32, T * E);
+  const on_device::Memory more(
+      fomoe::cuda::topk_gate_backward_workspace_bytes(DType::kFloat32, gate));
+  table.add("topk_gate backward", 8 * T * E + 8 * T * K, [&] {
+    fomoe::cuda::topk_gate_backward(DType::kFloat32, gate, {logits.data()}, chosen.data(),
+                                    {d_weights.data(), nullptr, nullptr}, d_logits.data(),
+                                    more.data(), nullptr);
+  });
 }
 
 using MultiplyRows = void (*)(const fomoe::cuda::RowProduct&, fomoe::cuda::Stream);
@@ -199,6 +207,7 @@ void add_all(Table& table) {
   using namespace fomoe::cuda;
   add_products(table, "simple", owner.view, simple::multiply, simple::multiply);
   add_products(table, "sm80", owner.view, sm80::multiply, sm80::multiply);
+  add_products(table, "sm90", owner.view, sm90::multiply, sm90::multiply);
 }
 
 }  // namespace

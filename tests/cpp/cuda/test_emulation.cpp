@@ -104,3 +104,9 @@ TEST(an_asynchronous_copy_is_not_there_before_it_is_waited_for) {
   CHECK_EQUAL(defect([&] { copy(true); }), "nothing");
   CHECK(contains(defect([&] { copy(false); }), "wrong value"));
 }
+
+TEST(launches_beyond_the_limits_of_a_gpu_are_refused) {
+  CHECK(contains(defect([] {}, 1025), "no GPU launches 2 blocks of 1025 threads"));
+  CHECK(contains(defect([] {}, 64, 228 * 1024), "with 233472 bytes of shared memory"));
+  CHECK_EQUAL(defect([] {}, 1024, 227 * 1024), "nothing");
+}
