@@ -32,7 +32,14 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path("build/gpu-check")  # commands run in ROOT
 CPP = FOLDER / "cpp"  # build folder of the C++ tests and benchmarks
 SITE = FOLDER / "site"  # where the package is installed
-BENCHES = ("topk_gate", "permute", "grouped_gemm", "expert_mlp")
+# The shapes of the targets in docs/benchmarks.md.
+BENCHES = {
+    "topk_gate": "--shape qwen3-30b --shape qwen3-next",
+    "permute": "--shape qwen3-30b --shape olmoe",
+    "grouped_gemm": "--shape qwen3-30b --shape olmoe --shape deepseek-v3-slice --dtype bf16",
+    "expert_mlp": "--shape qwen3-30b --shape sonicmoe-7b-n256 --dtype bf16",
+}
+LAYERS = "--shape 32768,2048,768,128,8 --shape 24576,1536,256,128,8 --dtype bf16"
 
 
 # ---- The steps -------------------------------------------------------------------------------
@@ -113,7 +120,8 @@ def _sanitize(tool: str) -> str:
 
 
 def _bench(name: str) -> Step:
-    command = [str(CPP / f"bench/cpp/bench_{name}"), "--device", "cuda", "--seconds", "0.1"]
+    program, options = str(CPP / f"bench/cpp/bench_{name}"), BENCHES[name].split()
+    command = [program, "--device", "cuda", *options, "--seconds", "0.2"]
     if shutil.which("stdbuf"):  # a line at a time, so that none is lost at the limit
         command = ["stdbuf", "-oL", *command]
     output = FOLDER / f"bench_{name}.jsonl"
@@ -122,7 +130,7 @@ def _bench(name: str) -> Step:
 
 def _bench_layer(python: str) -> list[str]:
     output = str(FOLDER / "bench_layer.jsonl")
-    options = ["--device", "cuda", "--seconds", "0.5", "--output", output]
+    options = ["--device", "cuda", *LAYERS.split(), "--seconds", "1", "--output", output]
     return [python, "-m", "fomoe", "bench", *options]
 
 
