@@ -129,9 +129,11 @@ std::unique_ptr<DenseLibrary> open_cublas(const std::string& file, Device& devic
     if (!library) throw UsageError("--cublas: cannot open " + file + ": " + dlerror());
     return std::make_unique<Cublas>(library, file, device);
   }
-  for (const char* name : {"libcublas.so.13", "libcublas.so.12"}) {
-    if (void* library = dlopen(name, RTLD_NOW | RTLD_LOCAL)) {
-      return std::make_unique<Cublas>(library, name, device);
+  for (const std::string folder : {"", FOMOE_CUDA_LIBRARIES "/"}) {
+    for (const char* name : {"libcublas.so.13", "libcublas.so.12"}) {
+      if (void* library = dlopen((folder + name).c_str(), RTLD_NOW | RTLD_LOCAL)) {
+        return std::make_unique<Cublas>(library, name, device);
+      }
     }
   }
   return nullptr;
