@@ -35,17 +35,23 @@ def build_contenders(
     ``torch_loop``, a product for each expert. All have softmax scores over all experts,
     renormalised over the chosen K, and SwiGLU experts.
     """
-    moe = MoE(
-        MoEConfig(
-            dim=shape.dim,
-            expert_dim=shape.expert_dim,
-            num_experts=shape.num_experts,
-            top_k=shape.top_k,
-            renormalize=True,
+    with device:
+        moe = MoE(
+            MoEConfig(
+                dim=shape.dim,
+                expert_dim=shape.expert_dim,
+                num_experts=shape.num_experts,
+                top_k=shape.top_k,
+                renormalize=True,
+            )
         )
-    )
-    initialize(moe, seed)
     moe.to(device, dtype)
+    if device.type == "cpu":
+        initialize(moe, seed)
+    else:  # where drawing billions of numbers on the CPU would take longest
+        generator = torch.Generator(device).manual_seed(seed)
+        for parameter in moe.parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5, generator=generator)
     weights = (moe.router.weight, moe.experts.w1, moe.experts.w2)
     contenders = {OURS: Contender(moe, weights)}
     for name, module in PLAIN_TORCH.items():
