@@ -59,4 +59,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_count", &fomoe::cuda_device_count);
   m.def("cpu_capability", &fomoe::cpu_capability);
   m.def("choose_path", &choose_path);
+  m.def("is_decode", &fomoe::is_decode);
 }

@@ -16,12 +16,13 @@ _FAMILIES = {
     "sm80": "tensor cores by mma.sync, on every card from compute capability 8.0 on",
     "simple": "CUDA cores",
 }
+_DECODE = "CUDA cores, since reading the weights takes longest with so few rows per expert"
 
 
 class Dispatch(NamedTuple):
     """The answer of :func:`explain_dispatch`."""
 
-    kernels: str  # "sm90", "sm80", "simple", "cpu", or "none": the call would raise
+    kernels: str  # "sm90", "sm80", "decode", "simple", "cpu", or "none": the call would raise
     reason: str  # one sentence
 
 
@@ -75,7 +76,10 @@ def explain_dispatch(
         compute_capability = torch.cuda.get_device_capability(device)
     if compute_capability < (8, 0):
         return Dispatch("none", "the CUDA kernels need compute capability 8.0 or newer")
-    return _explain_cuda(operands, compute_capability)
+    answer = _explain_cuda(operands, compute_capability)
+    if op == "expert_mlp" and answer.kernels != "simple" and _is_decode(bound.arguments):
+        return Dispatch("decode", f"{_DECODE}; the backward takes {answer.kernels}")
+    return answer
 
 
 def _explain_cuda(operands: list[Tensor], compute_capability: tuple[int, int]) -> Dispatch:
@@ -93,6 +97,12 @@ def _explain_cuda(operands: list[Tensor], compute_capability: tuple[int, int]) -
     family, obstacle = _C.choose_path(10 * major + minor, dtype, addresses, widths)
     reason = f"{_FAMILIES[family]}; compute capability {major}.{minor}"
     return Dispatch(family, f"{reason}, but {obstacle}" if obstacle else reason)
+
+
+def _is_decode(arguments: dict[str, Any]) -> bool:
+    matrices = [_as_the_kernel_sees(arguments[name]) for name in ("w1", "w2")]
+    num_rows = arguments["routing"].row_to_slot.numel()
+    return all(m.stride(2) == 1 and _C.is_decode(num_rows, m.shape[0]) for m in matrices)
 
 
 def _as_the_kernel_sees(tensor: Tensor) -> Tensor:

@@ -57,6 +57,13 @@ TEST(every_width_must_be_a_multiple_of_8_elements) {
   CHECK_EQUAL(obstacle({DType::kFloat16, {at(16)}, {0, 8}}), "");  // 0: one matrix for all experts
 }
 
+TEST(decoding_is_two_rows_per_expert_at_most_or_sixteen_in_all) {
+  CHECK(fomoe::is_decode(16, 4));
+  CHECK(!fomoe::is_decode(17, 4));
+  CHECK(fomoe::is_decode(256, 128));
+  CHECK(!fomoe::is_decode(257, 128));
+}
+
 TEST(paths_have_names) {
   CHECK_EQUAL(std::string(fomoe::name_of(KernelPath::kSimple)), "simple");
   CHECK_EQUAL(std::string(fomoe::name_of(KernelPath::kSm80)), "sm80");

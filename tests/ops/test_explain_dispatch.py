@@ -8,7 +8,7 @@ from samples import Sample
 from fomoe import Dispatch, explain_dispatch
 
 # Widths that tensor cores take.
-SAMPLE = Sample(name="even", tokens=6, experts=4, top_k=2, dim=32, expert_dim=16)
+SAMPLE = Sample(name="even", tokens=30, experts=4, top_k=2, dim=32, expert_dim=16)
 CARDS = {(8, 0): "sm80", (8, 6): "sm80", (8, 9): "sm80", (9, 0): "sm90", (10, 0): "sm80"}
 
 
@@ -87,6 +87,19 @@ def test_a_transposed_weight_is_used_as_it_lies():
     assert on_hopper("grouped_gemm", turned).kernels == "sm90"
     as_view = product(weight=transposed.mT)
     assert on_hopper("grouped_gemm", as_view).kernels == "sm90"
+
+
+def test_few_rows_per_expert_are_decoding():
+    few = Sample(name="few", tokens=8, experts=8, top_k=2, dim=32, expert_dim=16)
+    more = Sample(name="more", tokens=9, experts=8, top_k=2, dim=32, expert_dim=16)
+    for sample, kernels in ((few, "decode"), (more, "sm90")):
+        x, weights = sample.x(torch.bfloat16), sample.weights(torch.bfloat16)
+        w1, w2 = sample.w1(torch.bfloat16), sample.w2(torch.bfloat16)
+        arguments = {"x": x, "weights": weights, "w1": w1, "w2": w2, "routing": sample.routing()}
+        assert on_hopper("expert_mlp", arguments).kernels == kernels
+        in_float32 = {name: t.float() for name, t in arguments.items() if name != "routing"}
+        answer = on_hopper("expert_mlp", in_float32 | {"routing": sample.routing()})
+        assert answer.kernels == "simple"
 
 
 def test_tensors_of_the_cpu_take_the_cpu():

@@ -35,6 +35,10 @@ const char* obstacle_to_tensor_cores(const ProductOperands& operands);
 /// every other card from 8.0 on takes sm_80 code, or its PTX.
 KernelPath choose_path(int compute_capability, const ProductOperands& operands);
 
+/// Whether expert_mlp's forward on tensor core kernels is better off without them: so few rows that
+/// reading the weights is all that takes time, by what the host knows.
+bool is_decode(int64_t num_rows, int64_t num_experts);
+
 /// Of the current CUDA device, or 0 without one.
 int cuda_compute_capability();
 

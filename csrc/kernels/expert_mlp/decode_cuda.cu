@@ -223,8 +223,7 @@ void launch_for(const RowProduct& product, const int32_t* offsets, Stream stream
 }  // namespace
 
 bool is_faster(KernelPath path, const ExpertMatrices& b, int64_t num_rows) {
-  return path != KernelPath::kSimple && b.row_stride == 1 &&
-         num_rows <= std::max<int64_t>(2 * b.num_experts, 16);
+  return path != KernelPath::kSimple && b.row_stride == 1 && is_decode(num_rows, b.num_experts);
 }
 
 void multiply(const RowProduct& product, const int32_t* offsets, Stream stream) {

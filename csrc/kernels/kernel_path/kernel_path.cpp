@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fomoe/kernel_path.h"
 
+#include <algorithm>
+
 namespace fomoe {
 
 const char* name_of(KernelPath path) {
@@ -33,6 +35,10 @@ const char* obstacle_to_tensor_cores(const ProductOperands& operands) {
 KernelPath choose_path(int compute_capability, const ProductOperands& operands) {
   if (obstacle_to_tensor_cores(operands)) return KernelPath::kSimple;
   return compute_capability == 90 ? KernelPath::kSm90 : KernelPath::kSm80;
+}
+
+bool is_decode(int64_t num_rows, int64_t num_experts) {
+  return num_rows <= std::max<int64_t>(2 * num_experts, 16);
 }
 
 #ifndef FOMOE_WITH_CUDA
