@@ -38,7 +38,7 @@ build() { install_fomoe "${FOMOE_EXTRAS:-test}" "${FOMOE_CUDA:-AUTO}"; }
 cpp() {
   cmake --preset cpp-tests >/dev/null
   cmake --build --preset cpp-tests
-  ctest --preset cpp-tests
+  ctest --preset cpp-tests -j 2
 }
 
 # What nvcc made of the kernels, in the build folder of the stage `build`, and what they did emulated.
