@@ -22,7 +22,7 @@ target_compile_options(fomoe_flags INTERFACE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Wpedantic>)
 if(FOMOE_SANITIZE)
   target_compile_options(fomoe_flags INTERFACE
-    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g)
+    -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1)
   target_link_options(fomoe_flags INTERFACE -fsanitize=address,undefined)
 endif()
 

@@ -56,7 +56,7 @@ use_environment
 report+=("$(printf '%-12s %4d s' environment "$SECONDS")")
 stage build 240 build
 stage c++ 180 cpp
-stage kernels 20 kernels
+stage kernels 30 kernels
 stage ops 180 tests tests/ops tests/reference tests/packaging
 stage cuda 60 tests tests/cuda
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo

@@ -123,7 +123,7 @@ void run_fiber() {
   std::abort();
 }
 
-/// Memory for the stacks of a block's fibers, mapped once per thread of the operating system.
+/// Memory for the stacks of a block's fibers.
 class Stacks {
  public:
   Stacks() = default;
@@ -144,6 +144,26 @@ class Stacks {
 
  private:
   std::vector<char*> stacks_;
+};
+
+/// Stacks that one launch after the other uses: to map them takes longer than to run most kernels.
+class StackPool {
+ public:
+  std::unique_ptr<Stacks> take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return std::make_unique<Stacks>();
+    std::unique_ptr<Stacks> stacks = std::move(free_.back());
+    free_.pop_back();
+    return stacks;
+  }
+  void give_back(std::unique_ptr<Stacks> stacks) {
+    const std::lock_guard lock(mutex_);
+    free_.push_back(std::move(stacks));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Stacks>> free_;
 };
 
 void prepare(Block& b, Stacks& stacks) {
@@ -316,12 +336,13 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
   static const int64_t most_threads =
       environment_number("EMULATION_THREADS", std::thread::hardware_concurrency());
   static std::atomic<uint64_t> launches{0};
+  static StackPool pool;
   const uint64_t launch_number = ++launches;
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::exception_ptr error;
   const auto work = [&] {
-    Stacks stacks;
+    std::unique_ptr<Stacks> stacks = pool.take();
     Block b;
     b.kernel = kernel;
     b.body = &body;
@@ -340,7 +361,7 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
                      0x9E3779B97F4A7C15ull |
                  1;
       std::memset(b.shared, 0xFF, shared_bytes);  // NaN
-      run_block(b, stacks);
+      run_block(b, *stacks);
       clean_stacks(b);
       finish_counting(b);
       if (b.error) {
@@ -349,6 +370,7 @@ void launch(const char* kernel, int64_t blocks, int threads, int64_t shared_byte
         next = blocks;
       }
     }
+    pool.give_back(std::move(stacks));
   };
   std::vector<std::thread> workers;
   for (int64_t i = 0; i < std::min(blocks, most_threads); ++i) workers.emplace_back(work);

@@ -63,7 +63,7 @@ void multiply(const WeightProduct& product, Stream stream) {
                          ceil_div(product.out_cols, kTileCols);
   const auto kernel = product.dtype == DType::kBFloat16 ? weight_product_kernel<BFloat16>
                                                         : weight_product_kernel<Float16>;
-  launch({"sm80 multiply into weights", blocks, kThreads, sizeof(Shared)}, stream, kernel, product,
+  launch({"sm80_weight_product", blocks, kThreads, sizeof(Shared)}, stream, kernel, product,
          gathered(product.left, product.out_rows), gathered(product.right, product.out_cols));
 }
 

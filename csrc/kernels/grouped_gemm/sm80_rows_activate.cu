@@ -4,7 +4,7 @@
 namespace fomoe::cuda::sm80 {
 
 void multiply_and_activate(const RowProduct& product, Stream stream) {
-  launch_row_product<Epilogue::kActivate>("sm80 multiply and activate", product, stream);
+  launch_row_product<Epilogue::kActivate>("sm80_row_activate", product, stream);
 }
 
 }  // namespace fomoe::cuda::sm80

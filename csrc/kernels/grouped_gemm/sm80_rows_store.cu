@@ -4,7 +4,7 @@
 namespace fomoe::cuda::sm80 {
 
 void multiply_and_store(const RowProduct& product, Stream stream) {
-  launch_row_product<Epilogue::kStore>("sm80 multiply and store", product, stream);
+  launch_row_product<Epilogue::kStore>("sm80_row_store", product, stream);
 }
 
 }  // namespace fomoe::cuda::sm80

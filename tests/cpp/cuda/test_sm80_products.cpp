@@ -97,7 +97,7 @@ TEST(each_tile_reads_its_rows_and_its_columns_once_and_writes_16_bytes_at_a_time
     const CountedProduct problem(is_transposed);
     const auto counters = fomoe::emulation::count([&] { kSm80.multiply_rows(problem.product); });
     CHECK_EQUAL(counters.size(), 1u);
-    const KernelCounts& counts = counters.at("sm80 multiply and store");
+    const KernelCounts& counts = counters.at("sm80_row_store");
     const auto source = counts.loads(problem.source.data(), P::kRows * P::kDepth * 2);
     CHECK_EQUAL(source.bytes, P::kRows * P::kDepth * 2);
     CHECK_EQUAL(source.distinct_bytes, source.bytes);

@@ -3,8 +3,8 @@
 //
 //   {"probe": name, "expected": what, "got": what, "ok": true|false, "required": true|false}
 //
-// Exit status 1 when a required one is not ok: no kernel relies on the others. Emulated, it shows that the probes themselves are
-// right about what they expect.
+// Exit status 1 when a required one is not ok: no kernel relies on the others. Emulated, it shows
+// that the probes themselves are right about what they expect.
 #include <cstdio>
 #include <exception>
 #include <string>
