@@ -96,7 +96,7 @@ class DriftingTask(NanoTask):
     def routing(self, model: nn.Module) -> list[dict[str, Any]]:
         if torch.distributed.get_rank() == 1:
             tensors = federated_tensors(model)
-            next(t for t in tensors if t.is_shared == self.is_shared).value.add_(1)
+            next(t for t in tensors if t.on_every_site == self.is_shared).value.add_(1)
         return super().routing(model)
 
 

@@ -27,7 +27,7 @@ from fomoe.federation.checkpoint import (
 from fomoe.federation.config import Config
 from fomoe.federation.evaluation import assembled_loss
 from fomoe.federation.ledger import check_agreement, round_lines
-from fomoe.federation.placement import Placement
+from fomoe.federation.placement import Placement, placement_of_round
 from fomoe.federation.processes import SiteProcesses
 from fomoe.federation.progress import ProgressLine
 from fomoe.federation.resume import check_corpus, check_settings, notes
@@ -66,18 +66,17 @@ def train(
         A site process died or failed; all others have been stopped.
     """
     task = task or LanguageModelTask(config)
-    federation = config.federation
-    placement = Placement(task.num_layers, task.num_experts, federation.sites, federation.overlap)
+    placement_of_round(config, task.num_layers, task.num_experts, 0)  # raises what does not fit
     if resume is None:
         task.check()
         with RunFolder(Path(config.run.folder)) as folder:
             folder.begin()
-            return _Coordinator(config, task, placement, folder, None).run()
+            return _Coordinator(config, task, folder, None).run()
     with RunFolder(run_to_resume(resume)) as folder:
-        return _resume(config, task, placement, folder)
+        return _resume(config, task, folder)
 
 
-def _resume(config: Config, task: Task, placement: Placement, folder: RunFolder) -> dict[str, Any]:
+def _resume(config: Config, task: Task, folder: RunFolder) -> dict[str, Any]:
     checkpoint = Checkpoint(find_checkpoint(folder.path))
     manifest = checkpoint.manifest
     check_settings(manifest, config, folder.path)
@@ -97,7 +96,7 @@ def _resume(config: Config, task: Task, placement: Placement, folder: RunFolder)
         return summary
     for note in notes(manifest, config):
         print(f"note: {note}", file=sys.stderr)
-    return _Coordinator(config, task, placement, folder, checkpoint).run()
+    return _Coordinator(config, task, folder, checkpoint).run()
 
 
 class _Coordinator:
@@ -105,18 +104,16 @@ class _Coordinator:
         self,
         config: Config,
         task: Task,
-        placement: Placement,
         folder: RunFolder,
         checkpoint: Checkpoint | None,
     ) -> None:
         run = config.run.model_copy(update={"folder": str(folder.path)})
         self.config = config.model_copy(update={"run": run})
         self.task = task
-        self.placement = placement
         self.folder = folder
         self.checkpoint = checkpoint
-        self.sites = placement.sites
-        self.totals = RunTotals(self.config, task, placement)
+        self.sites = config.federation.sites
+        self.totals = RunTotals(self.config, task)
         self.first_round = 0
         if checkpoint is not None:
             self.first_round = checkpoint.manifest["completed_rounds"]
@@ -174,7 +171,7 @@ class _Coordinator:
         self.progress.step(sum(losses) / len(losses))
 
     def _round_done(self, index: int, reports: list[_Report]) -> None:
-        for line in round_lines(index, reports, self.placement):
+        for line in round_lines(index, reports, self._placement(index)):
             self.ledger.write(line)
         check_agreement(index, [report["digests"] for report in reports])
         self._write("round", **self.totals.add_round(index, reports))
@@ -219,6 +216,11 @@ class _Coordinator:
             for site in range(self.sites)
         ]
 
+    def _placement(self, index: int) -> Placement:
+        """Where the experts are during a round."""
+        task = self.task
+        return placement_of_round(self.config, task.num_layers, task.num_experts, index)
+
     def _manifest(self, index: int, records: list[FileRecord], threads: list[int]) -> Manifest:
         steps = (index + 1) * self.config.federation.local_steps
         return Manifest(
@@ -226,10 +228,7 @@ class _Coordinator:
             model=self.task.model_settings,
             completed_rounds=index + 1,
             step=steps,
-            placement=[
-                [list(self.placement.holders(layer, e)) for e in range(self.placement.num_experts)]
-                for layer in range(self.placement.num_layers)
-            ],
+            placement=[[list(h) for h in layer] for layer in self._placement(index).table],
             # All randomness is drawn from the seed and the position, so these are its whole state.
             rng={"seed": self.config.training.seed},
             data_cursor=[steps * self.config.training.batch_size] * self.sites,

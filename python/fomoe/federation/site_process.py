@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from fomoe.errors import UserError
-from fomoe.federation.checkpoint import Checkpoint
+from fomoe.federation.checkpoint import Checkpoint, incomplete_folder
 from fomoe.federation.config import Config
+from fomoe.federation.exchange import GroupTransport
 from fomoe.federation.ledger import SiteLedger
 from fomoe.federation.site import Site
 from fomoe.federation.summary import corpus_sha256
@@ -98,10 +99,9 @@ def run_site(order: SiteOrder, pipe: "connection.Connection[Any, Any]") -> None:
 
 def _train(order: SiteOrder, channel: Channel) -> None:
     _check_corpus(order)
-    site = Site(order.config, order.task, order.site)
+    checkpoint = None if order.resume is None else Checkpoint(order.resume)
+    site = Site(order.config, order.task, GroupTransport(), checkpoint)
     channel.ledger = site.ledger
-    if order.resume is not None:
-        site.load(Checkpoint(order.resume))
     federation, evaluation = order.config.federation, order.config.evaluation
     for round_index in range(order.first_round, federation.rounds):
         last = round_index + 1 == federation.rounds
@@ -126,15 +126,16 @@ def _check_corpus(order: SiteOrder) -> None:
 
 def _round(site: Site, channel: Channel) -> dict[str, Any]:
     """Train a round and meet the others; what the coordinator wants to know of it."""
-    begin, exchanged = time.perf_counter(), site.exchange.seconds
+    begin, exchanged = time.perf_counter(), site.transport.seconds
     site.begin_round()
-    tokens = _local_steps(site, channel, site.config.federation.local_steps)
+    _local_steps(site, channel)
     memory = site.memory()
-    site.end_round(tokens)
+    site.end_round()
     return {
-        "tokens": tokens,
+        "tokens": site.tokens,
+        "rejected": sorted(site.rejected),
         "seconds": time.perf_counter() - begin,
-        "exchange_seconds": site.exchange.seconds - exchanged,
+        "exchange_seconds": site.transport.seconds - exchanged,
         "routing": site.task.routing(site.model),
         "digests": site.digests(),
         "memory": memory | site.memory_of_the_meeting(),
@@ -147,20 +148,16 @@ def _round(site: Site, channel: Channel) -> dict[str, Any]:
 def _evaluation(site: Site, order: SiteOrder, *, with_state: bool) -> dict[str, Any]:
     """Evaluate the site's own part and write the files that the coordinator evaluates."""
     validation_loss = site.validation_loss()
-    records = site.write(order.run, with_state=with_state)
+    records = site.write(incomplete_folder(order.run), with_state=with_state)
     snapshot = sum(record.bytes for record in records if record.kind == "model")
     site.ledger.sent("evaluation", snapshot)
     return {"validation_loss": validation_loss, "files": [asdict(record) for record in records]}
 
 
-def _local_steps(site: Site, channel: Channel, count: int) -> int:
-    tokens = 0
-    for _ in range(count):
-        loss, step_tokens = site.local_step()
-        tokens += step_tokens
-        learning_rate = site.optimizer.param_groups[0]["lr"]
-        channel.send("step", step=site.step - 1, loss=loss, lr=learning_rate)
-    return tokens
+def _local_steps(site: Site, channel: Channel) -> None:
+    for _ in range(site.config.federation.local_steps):
+        step = site.local_step()
+        channel.send("step", step=site.step - 1, loss=step.loss, lr=step.learning_rate)
 
 
 def _join(order: SiteOrder) -> None:

@@ -66,6 +66,13 @@ class MoE(nn.Module):
         self.config = config
         self.router = nn.Linear(config.dim, config.num_experts, bias=config.has_bias)
         self.experts = Experts(config, resident_experts)
+        resident = set(self.experts.expert_ids)
+        full = config.router == "full"
+        # Whose row is whose, see fomoe.nn.naming.
+        self.router.expert_ids = tuple(  # type: ignore[assignment]
+            expert if full or expert in resident else None for expert in range(config.num_experts)
+        )
+        self.router.on_every_site = full  # type: ignore[assignment]
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim > 0 else None
         # The experts that can be chosen here.
         self.candidates: Sequence[int] = range(config.num_experts)
