@@ -49,7 +49,8 @@ SETTINGS = dict(
     dim=64, num_layers=2, num_heads=4, num_experts=8, expert_dim=128, top_k=2,
     balance_loss_coefficient=1e-2, z_loss_coefficient=1e-3,
 )  # fmt: skip
-Config = make_dataclass("Config", [(k, type(v), v) for k, v in SETTINGS.items()], frozen=True)
+FIELDS, HERE = [(k, type(v), v) for k, v in SETTINGS.items()], {"__module__": __name__}
+Config = make_dataclass("Config", FIELDS, frozen=True, kw_only=True, namespace=HERE)
 Site = namedtuple("Site", "model tensors state")  # both by name: views, and AdamW's state and more
 Result = namedtuple("Result", "parameters momenta sites losses ghost_share bytes_per_site rejected")
 
