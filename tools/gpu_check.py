@@ -43,6 +43,13 @@ BENCHES = {
     "expert_mlp": "--shape qwen3-30b --shape sonicmoe-7b-n256 --dtype bf16",
 }
 LAYERS = ["32768,2048,768,128,8", "24576,1536,256,128,8"]
+PYTESTS = {
+    path.stem.removeprefix("test_"): [str(path.relative_to(ROOT))]
+    for path in ROOT.glob("tests/cuda/test_*.py")
+}
+PARITY = PYTESTS.pop("parity")  # more than half of all: in two halves
+PYTESTS |= {"parity 16 bit": [*PARITY, "-k", "float16"]}
+PYTESTS |= {"parity 32, 64 bit": [*PARITY, "-k", "not float16"]}
 PACKAGES = ("numpy", "cmake", "ninja", "pybind11", "scikit-build-core", "pytest", "pytest-timeout",
             "hypothesis", "safetensors", "rich", "transformers", "triton")  # fmt: skip
 
@@ -68,14 +75,8 @@ def stages() -> list[list[Step]]:
         ],
         # A process for each file: after an illegal access, all that follows in its process fails.
         [
-            Step(
-                f"pytest {file.stem.removeprefix('test_')}",
-                _pytest(python, file),
-                100,
-                ("package",),
-                environment=test,
-            )
-            for file in sorted((ROOT / "tests/cuda").glob("test_*.py"))
+            Step(f"pytest {name}", _pytest(python, name), 125, ("package",), environment=test)
+            for name in sorted(PYTESTS)
         ],
         *([_bench(name)] for name in BENCHES),
         [
@@ -105,8 +106,8 @@ def _shell(script: str) -> list[str]:
 
 def _install(python: str) -> str:
     by_pip = (
-        f"{python} -m pip install --no-build-isolation --no-deps --upgrade --target {SITE} ."
-        f" -Cbuild-dir={FOLDER}/python -Ccmake.define.FOMOE_CUDA=ON"
+        f"{python} -m pip install --no-index --no-build-isolation --no-deps --upgrade"
+        f" --target {SITE} . -Cbuild-dir={FOLDER}/python -Ccmake.define.FOMOE_CUDA=ON"
     )
     build = FOLDER / "cmake"
     info = SITE / "fomoe-0.dist-info"
@@ -135,12 +136,14 @@ def _ctest() -> list[str]:
     return ["ctest", "--test-dir", folder, "--output-on-failure", "-j", "4", "-E", "probe_hopper"]
 
 
-def _pytest(python: str, file: Path) -> list[str]:
-    options = ["-rfEs", "--durations=5", "--tb=short", "--maxfail=30", "-p", "no:cacheprovider"]
+def _pytest(python: str, name: str) -> list[str]:
+    # A line for each test, so that the last one tells where a kernel hangs.
+    options = ["-vv", "-rfEs", "--durations=5", "--tb=short", "--maxfail=30"]
+    options += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
     plugin = (_version("pytest-timeout") or "0").split(".")
     if [int(part) for part in plugin[:2]] >= [2, 3]:  # ends in time to print what failed
-        options += ["--timeout=60", "--session-timeout=85"]
-    return [python, "-m", "pytest", *options, str(file.relative_to(ROOT))]
+        options += ["--timeout=90", "--timeout-method=thread", "--session-timeout=110"]
+    return [python, "-m", "pytest", *options, *PYTESTS[name]]
 
 
 def _sanitize(tool: str) -> str:
@@ -315,14 +318,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output = Path(options.output).absolute()
     os.chdir(ROOT)
     # cmake and ninja may be packages of this Python, whose environment need not be active.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # nvcc and compute-sanitizer may be off PATH, in the toolkit's usual place.
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    os.environ["PATH"] = os.pathsep.join(folders)
     FOLDER.mkdir(parents=True, exist_ok=True)
     if options.machine:
         return print_machine()
     chosen = chosen_stages(options.only)
     if options.dry_run:
         for step in (step for stage in chosen for step in stage):
-            print(f"{step.name:<18} at most {step.seconds:3.0f} s  {' '.join(step.command)}")
+            print(f"{step.name:<24} at most {step.seconds:3.0f} s  {' '.join(step.command)}")
         return 0
     for path in (*FOLDER.glob("*.log"), *FOLDER.glob("*.jsonl"), *FOLDER.glob("*.json")):
         path.unlink()

@@ -136,7 +136,7 @@ def test_a_dry_run_lists_the_steps_in_order():
         "build c++",
         "probes",
         "c++ tests",
-        "pytest parity",
+        "pytest layer",
         "bench layer",
         "racecheck",
     ]
