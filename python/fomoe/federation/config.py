@@ -120,6 +120,9 @@ class FederationConfig(_Section):
     outer: Literal["nesterov", "average"] = "nesterov"
     outer_lr: Positive = 0.7
     outer_momentum: BelowOne = 0.9
+    ranks_per_site: Annotated[int, Field(ge=1, le=4096)] = 1
+    timeout: Positive = 600.0
+    """Seconds without a sign of life after which a site counts as lost."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -198,7 +201,11 @@ class RunConfig(_Section):
 
     folder: Annotated[str, Field(min_length=1, pattern=_NO_NUL)] = "runs/train"
     save: bool = True
-    """Whether to write a checkpoint at the end."""
+    """Whether to write checkpoints."""
+    checkpoint_every: CountOrZero = 0
+    """Rounds between checkpoints; 0: only at the end."""
+    keep_checkpoints: Count = 2
+    """How many of the latest checkpoints stay."""
 
 
 class Config(_Section):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe.errors import UserError
-from fomoe.federation.checkpoint import Checkpoint, FileRecord, incomplete_folder, write_shard
+from fomoe.federation.checkpoint import Checkpoint, FileRecord, write_shard
 from fomoe.federation.config import Config, OptimizerConfig
 from fomoe.federation.exchange import Exchange
 from fomoe.federation.ledger import SiteLedger
@@ -187,9 +187,8 @@ class Site:
 
     # ---- checkpoint -------------------------------------------------------------------------
 
-    def write(self, run: Path, *, with_state: bool) -> list[FileRecord]:
-        """Write this site's part of the model, and its own state, to the run's hidden folder."""
-        folder = incomplete_folder(run)
+    def write(self, folder: Path, *, with_state: bool) -> list[FileRecord]:
+        """Write this site's part of the model, and its own state, to a folder."""
         model = {tensor.name: tensor.value for tensor in self.written}
         records = [write_shard(folder, "model", self.site, model)]
         if with_state:
