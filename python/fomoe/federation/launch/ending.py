@@ -10,16 +10,27 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import NoReturn
 
 from fomoe.federation.launch.heartbeat import VERDICT
 from fomoe.federation.launch.store import Store
 
-__all__ = ["Ending", "on_termination"]
+__all__ = ["Ending", "Verdict", "leave", "on_termination"]
 
 _SECONDS_TO_AGREE = 3.0
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why a run ends: one sentence, the exit code, and the rank that is lost, if one is."""
+
+    sentence: str
+    code: int
+    member: int | None = None
 
 
 class Ending:
@@ -31,31 +42,47 @@ class Ending:
         A connection of its own.
     machine
         The number of this machine.
+    neighbours
+        Process ids of the other ranks on this machine, by rank.
     """
 
-    def __init__(self, store: Store, machine: int) -> None:
+    def __init__(self, store: Store, machine: int, neighbours: Mapping[int, int]) -> None:
         self._store = store
         self._said = f"said/{machine}"
+        self._neighbours = neighbours
         self._once = threading.Lock()
 
-    def end(self, sentence: str, code: int) -> NoReturn:
-        """Leave with one sentence, the one that all agree on; ``sentence`` if it is the first."""
+    def end(self, mine: Verdict) -> NoReturn:
+        """Leave with the verdict that all agree on: ``mine``, if it is the first."""
         self._once.acquire()  # a second caller waits here until the process is gone
-        agreed, speaks = (sentence, code), True
+        verdict, speaks = mine, True
 
         def agree() -> None:
-            nonlocal agreed, speaks
-            verdict = self._store.compare_set(VERDICT, "", json.dumps(agreed))
-            agreed = tuple(json.loads(verdict))
+            nonlocal verdict, speaks
+            agreed = self._store.compare_set(VERDICT, "", json.dumps(asdict(mine)))
+            verdict = Verdict(**json.loads(agreed))
             speaks = self._store.add(self._said, 1) == 1
 
         # Whoever hosts the store may be the one that is lost, and then never answers.
         thread = threading.Thread(target=_quietly, args=(agree,), daemon=True)
         thread.start()
         thread.join(_SECONDS_TO_AGREE)
+        if verdict.member is not None and verdict.member in self._neighbours:
+            # If it is stopped, torchrun would wait for it for half a minute.
+            with suppress(ProcessLookupError):
+                os.kill(self._neighbours[verdict.member], signal.SIGKILL)
         if speaks:
-            print(f"error: {agreed[0]}", file=sys.stderr)
-        leave(agreed[1])
+            print(f"error: {verdict.sentence}", file=sys.stderr)
+        leave(verdict.code)
+
+    def dead_neighbour(self) -> int | None:
+        """The rank of a process on this machine that is gone; torchrun has waited for it."""
+        for member, process in self._neighbours.items():
+            try:
+                os.kill(process, 0)
+            except ProcessLookupError:
+                return member
+        return None
 
     def has_verdict(self) -> bool:
         """Whether somebody has said why the run ends; False when the store does not answer."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Self
 
 from fomoe.federation.launch.store import Store
-from fomoe.federation.launch.watch import Beat, Watch
+from fomoe.federation.launch.watch import Beat, Loss, Watch
 
 __all__ = ["CHECKPOINT", "VERDICT", "Heartbeat", "prepare"]
 
@@ -50,8 +50,8 @@ class Heartbeat:
     store_name
         Who is lost when the store no longer answers.
     lost
-        Called once, from a thread, with the beginning of a sentence that says who is lost; or with
-        None, when somebody has left a verdict in the store.
+        Called once, from a thread, with who is lost; or with None, when somebody has left a verdict
+        in the store.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class Heartbeat:
         watched: Mapping[int, str],
         timeout: float,
         store_name: str,
-        lost: Callable[[str | None], None],
+        lost: Callable[[Loss | None], None],
     ) -> None:
         self.timeout = timeout
         self.interval = min(_LONGEST_INTERVAL, timeout / 10)
         self.checkpoint = self.verdict = ""
-        self._watch = Watch(list(watched.values()), timeout, self.interval, time.monotonic())
+        self._watch = Watch(watched, timeout, self.interval, time.monotonic())
         self._store = store
         self._my_key = f"beat/{me}"
         self._keys = [CHECKPOINT, VERDICT, *(f"beat/{member}" for member in watched)]
@@ -100,15 +100,15 @@ class Heartbeat:
         """This process begins to wait for others."""
         self._beat = Beat(0, self._beat.turn + 1, what, None)
 
-    def suspect(self) -> str | None:
+    def suspect(self) -> Loss | None:
         """Who is lost, when it is certain that somebody is; waits for a few missing beats.
 
-        As what ``lost`` is called with; None when a verdict is there or nobody is found.
+        None when a verdict is there already, or nobody is found.
         """
         deadline = time.monotonic() + self._watch.grace + 3 * self.interval
         while time.monotonic() < deadline and not self.verdict:
-            if sentence := self._watch.suspect():
-                return sentence
+            if loss := self._watch.suspect():
+                return loss
             time.sleep(self.interval / 4)
         return None
 
@@ -119,11 +119,12 @@ class Heartbeat:
             try:
                 self._exchange()
             except Exception as error:  # of a type that differs between versions of torch
-                return self._end(f"{self._store_name} is gone ({type(error).__name__})")
+                sentence = f"{self._store_name} is gone ({type(error).__name__})"
+                return self._end(Loss(None, sentence))
             if self.verdict:
                 return self._end(None)
-            if sentence := self._watch.lost():
-                return self._end(sentence)
+            if loss := self._watch.lost():
+                return self._end(loss)
 
     def _exchange(self) -> None:
         self._count += 1
@@ -142,9 +143,9 @@ class Heartbeat:
                 self._answered = now  # this process was stopped itself, perhaps by Ctrl-Z
             looked = now
             if now - self._answered > self.timeout:
-                self._end(f"{self._store_name} has given no sign of life for {self.timeout:g} s")
-                return
+                sentence = f"{self._store_name} has given no sign of life for {self.timeout:g} s"
+                return self._end(Loss(None, sentence))
 
-    def _end(self, sentence: str | None) -> None:
+    def _end(self, loss: Loss | None) -> None:
         if not self._stop.is_set() and self._first.acquire(blocking=False):
-            self._lost(sentence)
+            self._lost(loss)

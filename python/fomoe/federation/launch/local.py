@@ -48,7 +48,7 @@ def _follow(opening: Opening, task: Task, placement: Placement) -> dict[str, Any
         watched={site: f"site {site}" for site in range(federation.sites)},
         timeout=federation.timeout,
         store_name="the coordinator",
-        lost=lambda sentence: processes.lose(str(sentence)),
+        lost=lambda loss: processes.lose(loss.sentence if loss else "a site is lost"),
     )
     try:
         with coordinator, processes, heartbeat:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn, Self
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fomoe.errors import SiteFailed, UserError
 from fomoe.federation.config import Config
 from fomoe.federation.launch.coordinator import where_to_go_on
-from fomoe.federation.launch.ending import Ending, leave, on_termination
+from fomoe.federation.launch.ending import Ending, Verdict, leave, on_termination
 from fomoe.federation.launch.heartbeat import Heartbeat, prepare
 from fomoe.federation.launch.membership import (
     SECONDS_IN_A_COLLECTIVE,
@@ -28,6 +28,7 @@ from fomoe.federation.launch.membership import (
 )
 from fomoe.federation.launch.roll import call_the_roll
 from fomoe.federation.launch.store import PrefixStore, Store, TCPStore, connect
+from fomoe.federation.launch.watch import Loss
 from fomoe.federation.resume import differences
 
 __all__ = ["Rank"]
@@ -65,32 +66,34 @@ class Rank:
             _SECONDS_TO_JOIN,
         )
         self.store = self._connect(f"fomoe/{self.attempt}")
-        self._ending = Ending(self._connect(f"fomoe/{self.attempt}"), self.machine)
         newcomers = [Newcomer(**line["newcomer"]) for line in everyone]
         try:
             seats = assign(newcomers, federation.sites, federation.ranks_per_site)
             self.seat = seats[rank]
             self._compare(everyone[seats.index(Seat(0, 0))]["settings"])
         except UserError as error:
-            self._ending.end(str(error), 2)
-        self._names = {seat.rank(federation.ranks_per_site): self._name(seat) for seat in seats}
-        self._processes_here = {
-            seat.rank(federation.ranks_per_site): newcomer.process
-            for seat, newcomer in zip(seats, newcomers, strict=True)
-            if newcomer.machine == self.machine
-        }
+            self._ending_beside({}).end(Verdict(str(error), 2))
+        self.members = [seat.rank(federation.ranks_per_site) for seat in seats]
+        self.me = self.members[rank]
+        self._names = {m: self._name(s) for m, s in zip(self.members, seats, strict=True)}
+        self.ending = self._ending_beside(
+            {
+                member: newcomer.process
+                for member, newcomer in zip(self.members, newcomers, strict=True)
+                if newcomer.machine == self.machine and member != self.me
+            }
+        )
 
     def __enter__(self) -> Self:
-        me, members = self.seat.rank(self.config.federation.ranks_per_site), len(self._names)
-        if me == 0:
-            prepare(self.store, members)
+        if self.me == 0:
+            prepare(self.store, len(self.members))
             self.store.set("prepared", "")
         self.store.wait(["prepared"])
         on_termination(self._terminated)
         self.heartbeat = Heartbeat(
             self._connect(f"fomoe/{self.attempt}", self.config.federation.timeout),
-            me=me,
-            watched={member: name for member, name in self._names.items() if member != me},
+            me=self.me,
+            watched={m: name for m, name in self._names.items() if m != self.me},
             timeout=self.config.federation.timeout,
             store_name=f"the store of torchrun at {self._host}:{self._port}",
             lost=self._lost,
@@ -109,33 +112,31 @@ class Rank:
         self.heartbeat.__exit__()
 
     def _failed(self, error: BaseException) -> NoReturn:
-        name = self._names[self.seat.rank(self.config.federation.ranks_per_site)]
         if isinstance(error, UserError):
-            self._ending.end(str(error), 2)
+            self.ending.end(Verdict(str(error), 2))
         if isinstance(error, SiteFailed):
-            self._ending.end(f"{error.sentence}; {self._hint()}", 1)
+            self._lost(Loss(None, error.sentence))
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
         if _is_of_a_collective(error):
-            lost = self.heartbeat.suspect() or f"{name} lost the others ({first_line})"
-            self._ending.end(f"{lost}; {self._hint()}", 1)
+            sentence = f"{self._names[self.me]} lost the others ({first_line})"
+            self._lost(self.heartbeat.suspect() or Loss(None, sentence))
         traceback.print_exception(error)
-        self._ending.end(f"{name} failed: {first_line}; {self._hint()}", 1)
+        self._lost(Loss(None, f"{self._names[self.me]} failed: {first_line}"))
 
-    def _lost(self, sentence: str | None) -> None:
-        """A heartbeat is missing, or there is a verdict already."""
-        self._ending.end(f"{sentence}; {self._hint()}", 1)
+    def _lost(self, loss: Loss | None) -> NoReturn:
+        """End the run; None: for the reason that somebody has left in the store."""
+        member, sentence = loss or Loss(None, "the run has ended")
+        hint = where_to_go_on(self.heartbeat.checkpoint)
+        self.ending.end(Verdict(f"{sentence}; {hint}", 1, member))
 
     def _terminated(self, number: int) -> None:
         """Torchrun ends all ranks of a machine when one is gone."""
-        for member, process in self._processes_here.items():
-            if process != os.getpid() and not _exists(process):
-                self._lost(f"the process of {self._names[member]} died")
-        if self._ending.has_verdict():
+        member = self.ending.dead_neighbour()
+        if member is not None:
+            self._lost(Loss(member, f"the process of {self._names[member]} died"))
+        if self.ending.has_verdict():
             self._lost(None)
         leave(128 + number)
-
-    def _hint(self) -> str:
-        return where_to_go_on(self.heartbeat.checkpoint)
 
     @property
     def leaders(self) -> dist.ProcessGroup:
@@ -156,6 +157,9 @@ class Rank:
 
     def _connect(self, prefix: str, seconds: float = SECONDS_IN_A_COLLECTIVE) -> Store:
         return connect(self._host, self._port, prefix, seconds)
+
+    def _ending_beside(self, neighbours: Mapping[int, int]) -> Ending:
+        return Ending(self._connect(f"fomoe/{self.attempt}"), self.machine, neighbours)
 
     def _compare(self, settings_of_site_0: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.config.to_dict()))
@@ -185,12 +189,3 @@ def _is_of_a_collective(error: BaseException) -> bool:
     """Whether torch.distributed raised it: then it is mostly an echo of another rank's failure."""
     frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
     return any(os.path.join("torch", "distributed", "") in frame.filename for frame in frames)
-
-
-def _exists(process: int) -> bool:
-    """Whether the process is there; torchrun has waited for those that have ended."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True

@@ -23,6 +23,7 @@ from fomoe.federation.launch.heartbeat import Heartbeat
 from fomoe.federation.launch.membership import SECONDS_IN_A_COLLECTIVE, threads_of_a_rank
 from fomoe.federation.launch.rounds import check_corpus, run_rounds
 from fomoe.federation.launch.store import HOST, connect
+from fomoe.federation.launch.watch import Loss
 from fomoe.federation.site import Site
 from fomoe.federation.task import Task
 
@@ -97,9 +98,9 @@ def _heartbeat(order: SiteOrder) -> Heartbeat:
     """It watches the coordinator, which watches all sites."""
     federation = order.config.federation
 
-    def lost(sentence: str | None) -> None:
-        if order.site == 0 and sentence is not None:
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+    def lost(loss: Loss | None) -> None:
+        if order.site == 0 and loss is not None:
+            print(f"error: {loss.sentence}", file=sys.stderr, flush=True)
         os._exit(1)
 
     return Heartbeat(
