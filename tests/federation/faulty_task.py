@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks whose sites fail, and a program that trains one: `python faulty_task.py FOLDER`."""
+"""Tasks whose sites fail, and a program that trains one: `python faulty_task.py FOLDER [TIMEOUT]`."""
 
 import os
 import resource
@@ -174,7 +174,8 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     config = nano.Config(**{**CONFIG.__dict__, "rounds": 100_000})
-    train(settings(config, folder / "run"), task=EndlessTask(config, folder))
+    timeout = float(sys.argv[2]) if len(sys.argv) > 2 else 600.0
+    train(settings(config, folder / "run", timeout=timeout), task=EndlessTask(config, folder))
 
 
 if __name__ == "__main__":

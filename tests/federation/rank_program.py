@@ -19,7 +19,8 @@ from fomoe.federation.launch import train
 
 def configuration(plan: dict, folder: Path) -> tuple[object, Config]:
     """nano's settings and the trainer's for a plan."""
-    nano_config = dataclasses.replace(CONFIG, sites=plan["sites"], rounds=plan["rounds"])
+    sites = plan["sites"]
+    nano_config = dataclasses.replace(CONFIG, sites=sites, num_experts=sites, rounds=plan["rounds"])
     values = settings(nano_config, folder).to_dict()
     for key, value in plan["settings"].items():
         section, _, name = key.partition(".")

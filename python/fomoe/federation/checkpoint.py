@@ -48,6 +48,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+_REMOVED = ".removed-"
 _ROUND_FOLDER = re.compile(r"round-(\d{6,})")
 
 
@@ -168,10 +169,10 @@ def remove_older(run: Path, keep: int) -> None:
         A folder cannot be written.
     """
     for path in _checkpoints(run)[:-keep]:
-        hidden = path.with_name(f".removed-{path.name}")
         with cannot(f"remove checkpoint {path}"):
-            path.rename(hidden)
-            shutil.rmtree(hidden)
+            path.rename(path.with_name(f"{_REMOVED}{path.name}"))
+    for hidden in run.glob(f"checkpoints/{_REMOVED}*"):
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def find_checkpoint(folder: Path) -> Path:

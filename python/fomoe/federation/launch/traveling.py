@@ -7,7 +7,7 @@ files of the other sites do not either, where these see the coordinator's run fo
 
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +30,16 @@ from fomoe.files import cannot, write_text
 __all__ = ["GroupChannel", "Travel", "mark"]
 
 
+_MARK = ".attempt-"
+
+
 @contextmanager
 def mark(run: Path, attempt: str) -> Iterator[None]:
     """A file in the coordinator's run folder by which the other sites know it; gone afterwards."""
     path = _mark(run, attempt)
     with cannot(f"write {path}"):
+        for old in run.glob(f"{_MARK}*"):  # of an attempt that was killed
+            old.unlink()
         write_text(path, "")
     try:
         yield
@@ -43,7 +48,7 @@ def mark(run: Path, attempt: str) -> Iterator[None]:
 
 
 def _mark(run: Path, attempt: str) -> Path:
-    return run / f".attempt-{attempt}"
+    return run / f"{_MARK}{attempt}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,6 @@ class Travel:
         if not self.is_away:
             yield incomplete_folder(self.run)
             return
-        existed = self.run.exists()
         folder = self.run / f".site-{self.site}"
         shutil.rmtree(folder, ignore_errors=True)
         with cannot(f"write run.folder {self.run}"):
@@ -85,7 +89,9 @@ class Travel:
         try:
             yield folder
         finally:
-            shutil.rmtree(self.run if not existed else folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # it is not empty: another site or run uses it
+                self.run.rmdir()
 
     def collect(self, records: Sequence[Sequence[FileRecord]]) -> None:
         """On the coordinator: take the files, given by site, of all who are away."""
