@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks whose sites fail, and a program that trains one: `python faulty_task.py FOLDER [TIMEOUT]`."""
+"""Tasks whose sites fail, and a program that trains one: `faulty_task.py FOLDER [TIMEOUT]`."""
 
 import os
 import resource
@@ -97,7 +97,7 @@ class DriftingTask(NanoTask):
     def routing(self, model: nn.Module) -> list[dict[str, Any]]:
         if torch.distributed.get_rank() == 1:
             tensors = federated_tensors(model)
-            next(t for t in tensors if t.is_shared == self.is_shared).value.add_(1)
+            next(t for t in tensors if t.on_every_site == self.is_shared).value.add_(1)
         return super().routing(model)
 
 

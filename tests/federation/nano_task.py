@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
 from fomoe.federation.config import Config
-from fomoe.federation.exchange import SHARED_PIECE
 from fomoe.federation.launch import train
 from fomoe.federation.parameters import federated_tensors
 from fomoe.federation.task import Loss
@@ -119,19 +118,17 @@ def train_sites(nano_config: Any, folder: Path, **options: Any) -> Checkpoint:
 
 def momenta(checkpoint: Checkpoint, nano_config: Any) -> dict[str, Tensor]:
     """The outer momenta by tensor name, put together from the owners' pieces."""
-    by_site = []
+    prefix, saved = "outer_momentum/", {}
     for site in range(nano_config.sites):
-        prefix = "outer_momentum/"
         state = checkpoint.state(site)
-        by_site.append({n.removeprefix(prefix): t for n, t in state.items() if prefix in n})
-    shared = torch.cat([pieces.pop(SHARED_PIECE) for pieces in by_site])
-    result = {name: value for pieces in by_site for name, value in pieces.items()}
+        saved |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    result = {}
     for tensor in federated_tensors(NanoTask(nano_config).build_model(None)):
-        if tensor.is_shared:
-            piece, shared = shared.split(
-                [tensor.num_elements, shared.numel() - tensor.num_elements]
-            )
-            result[tensor.name] = piece.view(tensor.value.shape)
+        pieces = []
+        while sum(piece.numel() for piece in pieces) < tensor.num_elements:
+            start = f"{tensor.name}[{sum(piece.numel() for piece in pieces)}:"
+            pieces.append(next(value for key, value in saved.items() if key.startswith(start)))
+        result[tensor.name] = torch.cat(pieces).view(tensor.value.shape)
     return result
 
 

@@ -8,7 +8,7 @@ from nano_task import NanoTask, json_lines, nano, train_sites
 
 from fomoe.federation.ledger import EXCHANGE_CLASSES, expected_round_bytes
 from fomoe.federation.parameters import federated_tensors
-from fomoe.federation.placement import Placement
+from fomoe.federation.placement import fixed
 
 BASE = nano.Config(
     sites=4, overlap=2, rounds=2, local_steps=3, warmup=1, num_experts=8, top_k=2, dim=16,
@@ -21,7 +21,7 @@ def measured(config, folder):
     train_sites(config, folder)
     totals = {}
     for line in json_lines(folder / "ledger.jsonl"):
-        if line["class"] in EXCHANGE_CLASSES:
+        if line["class"] in EXCHANGE_CLASSES and line["bytes"]:
             key = line["round"], line["class"]
             totals[key] = totals.get(key, 0) + line["bytes"]
     return totals
@@ -29,18 +29,23 @@ def measured(config, folder):
 
 def expected(config):
     tensors = federated_tensors(NanoTask(config).build_model(None))
-    shared = sum(4 * t.num_elements for t in tensors if t.is_shared)
+    shared = sum(4 * t.num_elements for t in tensors if t.expert is None)
     one_expert = sum(4 * t.num_elements for t in tensors if (t.layer, t.expert) == (0, 0))
     overlap = config.overlap if config.strategy == "fomoe" else config.sites
-    placement = Placement(config.num_layers, config.num_experts, config.sites, overlap)
-    return expected_round_bytes(shared, one_expert, placement)
+    placement = fixed(config.num_layers, config.num_experts, config.sites, overlap)
+    return expected_round_bytes(placement, shared_bytes=shared, expert_bytes=one_expert)
 
 
 def test_the_formula_on_a_case_worked_by_hand():
     # 3 sites, 2 holders: 100 B shared cross 2*(3-1) times; 2 layers of 3 experts of 10 B cross
     # 2*(2-1) times; every site sends its 8-byte token count to the 2 others.
-    formula = expected_round_bytes(100, 10, Placement(2, 3, sites=3, overlap=2))
-    assert formula == {"shared": 400, "expert": 120, "tokens": 48}
+    # A router row of 1 B comes from 2 others, or from the other holder only, and goes to 2 others.
+    placement = fixed(2, 3, sites=3, overlap=2)
+    sizes = {"shared_bytes": 100, "expert_bytes": 10, "router_bytes": 1}
+    formula = expected_round_bytes(placement, **sizes)
+    assert formula == {"shared": 400, "router": 24, "expert": 120, "tokens": 48}
+    of_holders = expected_round_bytes(placement, **sizes, router_mean="holders")
+    assert of_holders == formula | {"router": 18}
 
 
 @pytest.mark.parametrize(("overlap", "sites"), [(1, 4), (2, 4), (4, 4), (2, 3)])
@@ -48,7 +53,7 @@ def test_every_round_sends_exactly_the_expected_bytes(overlap, sites, tmp_path):
     config = dataclasses.replace(BASE, overlap=overlap, sites=sites, num_experts=2 * sites)
     formula = expected(config)
     assert measured(config, tmp_path) == {
-        (r, name): formula[name] for r in range(config.rounds) for name in EXCHANGE_CLASSES
+        (r, name): formula[name] for r in range(config.rounds) for name in formula if formula[name]
     }
 
 

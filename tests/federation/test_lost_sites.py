@@ -53,4 +53,6 @@ def test_sites_end_when_the_coordinator_is_stopped(tmp_path):
             assert not wait_until_gone(process_ids)
         finally:
             coordinator.kill()
-        assert "error: the coordinator has given no sign of life" in coordinator.stderr.read()
+        assert (
+            "ends: the coordinator has given no sign of life for 2 s" in coordinator.stderr.read()
+        )

@@ -11,17 +11,18 @@ import torch
 import torch.distributed as dist
 from nano_task import NanoTask, nano, settings
 
-from fomoe.federation.exchange import Exchange
+from fomoe.federation.exchange import Exchange, Piece
 from fomoe.federation.launch import train
+from fomoe.federation.meeting import MOMENTS
 from fomoe.federation.parameters import federated_tensors
-from fomoe.federation.placement import Placement
+from fomoe.federation.placement import fixed
 from fomoe.federation.site import Site
 
 CONFIG = nano.Config(
     sites=4, overlap=2, rounds=2, local_steps=2, warmup=1, num_experts=8, top_k=2, dim=16,
     expert_dim=8,
 )  # fmt: skip
-PLACEMENT = Placement(CONFIG.num_layers, CONFIG.num_experts, CONFIG.sites, CONFIG.overlap)
+PLACEMENT = fixed(CONFIG.num_layers, CONFIG.num_experts, CONFIG.sites, CONFIG.overlap)
 SIGNATURE_BYTES = 16
 
 
@@ -55,13 +56,15 @@ class Spy:
     def look(self, site: Site, more=None) -> None:
         self.memory.append(all_storages())
         for tensor in site.tensors:
-            if tensor.is_shared:
+            if tensor.on_every_site:
                 continue
             values = [tensor.value]
-            moments = site.optimizer.state.get(tensor.parameter, {})
-            values += [tensor.of(moments[kind]) for kind in ("exp_avg", "exp_avg_sq") if moments]
-            values += [held[tensor.name] for held in (site.outer.momentum, more or {})
-                       if tensor.name in held]  # fmt: skip
+            state = site.optimizer.state()
+            momentum = site.meetings.outer.momentum
+            key = Piece.key_of(tensor.name, 0, tensor.num_elements)
+            values += [state[f"{kind}/{tensor.name}"] for kind in MOMENTS if state]
+            values += [momentum[key]] if key in momentum else []
+            values += [more[tensor.name]] if tensor.name in (more or {}) else []
             for value in values:
                 key = tensor.layer, tensor.expert
                 self.values |= {(key, signature) for signature in signatures_of(value)}
@@ -72,24 +75,24 @@ class Spy:
         """Look before and after these calls of the site in this process."""
         sites: list[Site] = []
         reduce, distribute, send = Exchange.reduce, Exchange.distribute, dist.all_to_all_single
-        end_round, load = Site.end_round, Site.load
+        end_round, begin_round = Site.end_round, Site.begin_round
 
-        def spied_end_round(site, tokens):
+        def spied_end_round(site):
             sites[:] = [site]
             self.look(site)
-            end_round(site, tokens)
+            end_round(site)
             self.look(site)
 
-        def spied_load(site, checkpoint):
-            load(site, checkpoint)
-            self.look(site)
+        def spied_begin_round(site):
+            self.look(site)  # after loading a checkpoint, too
+            begin_round(site)
 
-        def spied_reduce(exchange, contributions, tokens):
+        def spied_reduce(exchange, contributions, attendance):
             self.look(sites[0], contributions)
-            return reduce(exchange, contributions, tokens)
+            return reduce(exchange, contributions, attendance)
 
-        def spied_distribute(exchange, pieces):
-            result = distribute(exchange, pieces)
+        def spied_distribute(exchange, results, attendance):
+            result = distribute(exchange, results, attendance)
             self.look(sites[0], result)
             return result
 
@@ -97,7 +100,7 @@ class Spy:
             send(*arguments, **options)
             self.look(sites[0])
 
-        Site.end_round, Site.load = spied_end_round, spied_load
+        Site.end_round, Site.begin_round = spied_end_round, spied_begin_round
         Exchange.reduce, Exchange.distribute = spied_reduce, spied_distribute
         dist.all_to_all_single = spied_send
 
@@ -132,7 +135,7 @@ def test_no_storage_of_a_site_holds_a_foreign_expert(tmp_path):
             signatures.setdefault(key, set()).add(value)
     initial = nano.initialize(nano.Model(CONFIG), CONFIG.seed)
     for tensor in federated_tensors(initial):
-        if not tensor.is_shared:
+        if not tensor.on_every_site:
             signatures[tensor.layer, tensor.expert].update(signatures_of(tensor.value))
     assert len(signatures) == CONFIG.num_layers * CONFIG.num_experts
     nothing = bytes(SIGNATURE_BYTES)  # an expert that saw no token has moments of zero

@@ -8,17 +8,17 @@ import pytest
 from fomoe.errors import SiteFailed
 from fomoe.federation.launch.channel import Reporter, decode, encode, timing
 from fomoe.federation.ledger import SiteLedger, check_agreement, contributors, round_lines
-from fomoe.federation.placement import Placement
+from fomoe.federation.placement import fixed
 
 # Two layers of four experts. Layer 0: experts 0 and 2 on sites 0, 1; experts 1 and 3 on sites 2, 3.
 # Layer 1, shifted by one: experts 0 and 2 on sites 1, 2; experts 1 and 3 on sites 0, 3.
-RING = Placement(num_layers=2, num_experts=4, sites=4, overlap=2)
+RING = fixed(2, 4, sites=4, overlap=2)
 
 
 def test_experts_come_from_the_sites_that_hold_one_of_mine():
     assert contributors("expert", 0, RING) == [0, 1, 3]
     assert contributors("expert", 2, RING) == [1, 2, 3]
-    alone = Placement(num_layers=2, num_experts=4, sites=4, overlap=1)
+    alone = fixed(2, 4, sites=4, overlap=1)
     assert contributors("expert", 2, alone) == [2]
 
 
@@ -30,7 +30,7 @@ def test_everyone_has_a_part_in_shared_tensors_and_nobody_else_in_what_the_coord
 def test_the_ledger_has_a_line_per_site_and_class_with_what_was_agreed_on():
     digests = {"shared": "aa", "expert": {"0,1": "bb"}}
     report = {"tokens": 32, "bytes": {"shared": 10, "metrics": 5}, "digests": digests}
-    two = Placement(num_layers=1, num_experts=2, sites=2, overlap=2)
+    two = fixed(1, 2, sites=2, overlap=2)
     lines = round_lines(7, [report, report], two)
     assert lines[:2] == [
         {

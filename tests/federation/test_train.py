@@ -10,6 +10,7 @@ from test_failures import TINY
 
 from fomoe.cli import main
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
+from fomoe.federation.ledger import EXCHANGE_CLASSES
 
 
 def train(folder, *overrides):
@@ -53,11 +54,11 @@ def test_the_summary_adds_up_to_the_ledger(run):
     summary = json.loads((run / "summary.json").read_text())
     by_site = [0, 0]
     for line in json_lines(run / "ledger.jsonl"):
-        if line["class"] in ("shared", "expert", "tokens"):
+        if line["class"] in EXCHANGE_CLASSES:
             by_site[line["site"]] += line["bytes"]
     assert by_site == summary["bytes_per_site"]
     classes = {line["class"] for line in json_lines(run / "ledger.jsonl")}
-    assert classes == {"shared", "expert", "tokens", "metrics", "evaluation"}
+    assert classes == {"shared", "router", "expert", "tokens", "metrics", "evaluation"}
 
 
 def test_memory_is_reported_by_class_and_counts_only_what_a_site_holds(run):

@@ -55,7 +55,7 @@ def verdicts(runs: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _exchange_bytes(run: Mapping[str, Any]) -> int:
-    return sum(run["bytes_by_class"][name] for name in EXCHANGE_CLASSES)
+    return sum(run["bytes_by_class"].get(name, 0) for name in EXCHANGE_CLASSES)
 
 
 def tensor_bytes_per_site(run: Mapping[str, Any]) -> int:

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe.errors import UserError
+from fomoe.federation.placement import Placement
 from fomoe.files import cannot, sync_file, sync_folder, write_whole
 from fomoe.models import MODEL_FORMAT_VERSION
 
@@ -230,10 +231,27 @@ class Checkpoint:
                     f"the manifest says {record.sha256[:12]}..."
                 )
 
-    def state(self, site: int) -> dict[str, Tensor]:
-        """What site ``site`` wrote as its own state."""
-        paths = [self.folder / f.name for f in self.files if f.kind == "state" and f.site == site]
-        return read_shards(paths)
+    @property
+    def placement(self) -> Placement:
+        """Where the experts were."""
+        table = self.manifest["placement"]
+        return Placement(self.sites, tuple(tuple(map(tuple, layer)) for layer in table))
+
+    @property
+    def sites(self) -> int:
+        """How many had a part in it."""
+        return len(self.manifest["data_cursor"])
+
+    def state_names(self, site: int) -> set[str]:
+        """The names in what site ``site`` wrote as its own state."""
+        return {name for path in self._state_files(site) for name in shard_names(path)}
+
+    def state(self, site: int, names: set[str] | None = None) -> dict[str, Tensor]:
+        """What site ``site`` wrote as its own state, all or those in ``names``."""
+        return read_shards(self._state_files(site), names)
+
+    def _state_files(self, site: int) -> list[Path]:
+        return [self.folder / f.name for f in self.files if f.kind == "state" and f.site == site]
 
     def model(self, names: set[str] | None = None) -> dict[str, Tensor]:
         """Tensors of the model by name, all or those in ``names``; only these are read."""
@@ -279,6 +297,15 @@ def read_shards(paths: Iterable[Path], names: set[str] | None = None) -> dict[st
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot read checkpoint file {path}: {error}") from error
     return tensors
+
+
+def shard_names(path: Path) -> list[str]:
+    """Names of the tensors in a file, which is not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read checkpoint file {path}: {error}") from error
 
 
 def _read_manifest(path: Path) -> Manifest:

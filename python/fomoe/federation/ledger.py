@@ -16,13 +16,15 @@ __all__ = [
     "SiteLedger",
     "check_agreement",
     "contributors",
+    "expected_moved_bytes",
     "expected_round_bytes",
     "round_lines",
 ]
 
-EXCHANGE_CLASSES = ("shared", "expert", "tokens")
-"""What sites send each other. Beside them: ``metrics`` to the coordinator, and ``evaluation``, the
-snapshot an evaluation reads."""
+EXCHANGE_CLASSES = ("shared", "router", "expert", "moved", "tokens")
+"""What sites send each other: shared tensors, rows of a full router, experts, experts that change
+sites, token counts. Beside them: ``metrics`` to the coordinator, and ``evaluation``, the snapshot
+an evaluation reads."""
 
 
 class SiteLedger:
@@ -44,7 +46,7 @@ class SiteLedger:
 def contributors(traffic_class: str, site: int, placement: Placement) -> list[int]:
     """The sites, ascending, that have a part in what ``site`` sends of a class.
 
-    Experts: the sites that hold an expert of ``site``. Shared tensors and token counts: all. What
+    Experts: the sites that hold an expert of ``site``. What else sites send each other: all. What
     goes to the coordinator: the site alone.
     """
     if traffic_class == "expert":
@@ -109,17 +111,44 @@ def check_agreement(index: int, digests: Sequence[Mapping[str, Any]]) -> None:
 
 
 def expected_round_bytes(
-    shared_bytes: int, expert_bytes: int, placement: Placement
+    placement: Placement,
+    *,
+    shared_bytes: int,
+    expert_bytes: int,
+    router_bytes: int = 0,
+    router_mean: str = "all",
 ) -> dict[str, int]:
-    """Bytes of one exchange, summed over all sites.
+    """Bytes of one exchange of encoded tensors, summed over all M sites.
 
     ``2 (M - 1) b`` for the shared tensors of ``shared_bytes``, ``2 (holders - 1) b`` for every
-    expert of ``expert_bytes``, and the token counts (8 bytes to every other site).
+    expert of ``expert_bytes``, and the token counts (8 bytes to every other site). ``router_bytes``
+    are of one expert's row in a full router, which goes back to all sites: ``2 (M - 1) b``, or
+    ``(holders - 1 + M - 1) b`` when only holders contribute.
     """
-    sites = placement.sites
-    num_experts = placement.num_layers * placement.num_experts
+    others = placement.sites - 1
+    others_that_hold = [len(holders) - 1 for layer in placement.table for holders in layer]
+    contributing = (
+        others_that_hold if router_mean == "holders" else [others] * len(others_that_hold)
+    )
     return {
-        "shared": 2 * (sites - 1) * shared_bytes,
-        "expert": 2 * (placement.overlap - 1) * expert_bytes * num_experts,
-        "tokens": 8 * sites * (sites - 1),
+        "shared": 2 * others * shared_bytes,
+        "router": sum(n + others for n in contributing) * router_bytes,
+        "expert": 2 * sum(others_that_hold) * expert_bytes,
+        "tokens": 8 * placement.sites * others,
     }
+
+
+def expected_moved_bytes(
+    old: Placement, new: Placement, *, expert_bytes: int, momentum_bytes: int
+) -> int:
+    """Bytes that a change of placement sends, summed over all sites.
+
+    Every new holder gets an expert's weights, ``expert_bytes``; a new owner its outer momenta,
+    ``momentum_bytes`` (its row of the router has one, too; 0 without momentum).
+    """
+    total = 0
+    for layer, experts in enumerate(new.table):
+        for expert, holders in enumerate(experts):
+            total += len(set(holders) - set(old.holders(layer, expert))) * expert_bytes
+            total += (new.owner(layer, expert) != old.owner(layer, expert)) * momentum_bytes
+    return total

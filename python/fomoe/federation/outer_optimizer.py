@@ -1,34 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens to the mean of the sites' contributions (FoMoE Algorithm 1, OuterOpt).
 
-The owner of a tensor takes the step once and sends the result, so that all holders agree on any
-hardware. State is kept per piece: an expert's tensor, or the owner's shard of the shared tensors.
+The owner of a piece takes the step once and sends the result, so that all holders agree on any
+hardware.
 """
-
-from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["Average", "Nesterov", "OuterOptimizer"]
-
-
-class OuterOptimizer(Protocol):
-    """``contribution`` on every holder, ``reduce`` on the owner, ``result`` on every holder.
-
-    ``reduce`` leaves ``momentum`` as it is; ``commit`` takes the new values over, together with the
-    parameters, when a meeting has succeeded.
-    """
-
-    momentum: dict[str, Tensor]
-    needs_start: bool
-
-    def contribution(self, start: Tensor | None, now: Tensor) -> Tensor: ...
-
-    def reduce(self, name: str, mean: Tensor) -> Tensor: ...
-
-    def result(self, start: Tensor | None, received: Tensor) -> Tensor: ...
-
-    def commit(self) -> None: ...
+__all__ = ["Nesterov"]
 
 
 class Nesterov:
@@ -37,9 +16,10 @@ class Nesterov:
     ``momentum = momentum * mu + delta; step = (delta + momentum * mu) * lr; new = start - step``.
     The first step is ``1 + mu`` times a plain one, as in torch's SGD. Source: DiLoCo
     (arXiv 2311.08105) Algorithm 1; FoMoE uses lr 0.7, mu 0.9.
-    """
 
-    needs_start = True
+    ``momentum`` is by the key of the piece; :meth:`step` leaves it as it is, :meth:`commit` takes
+    the new values over when the meeting has succeeded.
+    """
 
     def __init__(self, learning_rate: float, momentum: float) -> None:
         self.learning_rate = learning_rate
@@ -47,41 +27,12 @@ class Nesterov:
         self.momentum: dict[str, Tensor] = {}
         self._next: dict[str, Tensor] = {}
 
-    def contribution(self, start: Tensor | None, now: Tensor) -> Tensor:
-        assert start is not None
-        return start - now
-
-    def reduce(self, name: str, mean: Tensor) -> Tensor:
-        """The step to subtract, same shape as ``mean``."""
-        previous = self.momentum.get(name)
-        momentum = mean.clone() if previous is None else previous * self.decay + mean
-        self._next[name] = momentum
-        return (mean + momentum * self.decay) * self.learning_rate
-
-    def result(self, start: Tensor | None, received: Tensor) -> Tensor:
-        assert start is not None
-        return start - received
+    def step(self, key: str, delta: Tensor) -> Tensor:
+        """The step to subtract, same shape as ``delta``."""
+        previous = self.momentum.get(key)
+        momentum = delta.clone() if previous is None else previous * self.decay + delta
+        self._next[key] = momentum
+        return (delta + momentum * self.decay) * self.learning_rate
 
     def commit(self) -> None:
         self.momentum, self._next = self.momentum | self._next, {}
-
-
-class Average:
-    """Plain averaging of the parameters; it never forms ``start - (start - now)``, which rounds."""
-
-    needs_start = False
-
-    def __init__(self) -> None:
-        self.momentum: dict[str, Tensor] = {}
-
-    def contribution(self, start: Tensor | None, now: Tensor) -> Tensor:
-        return now
-
-    def reduce(self, name: str, mean: Tensor) -> Tensor:
-        return mean
-
-    def result(self, start: Tensor | None, received: Tensor) -> Tensor:
-        return received
-
-    def commit(self) -> None:
-        pass

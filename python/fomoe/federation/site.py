@@ -9,133 +9,274 @@ never holds a tensor of a foreign expert.
 import hashlib
 import math
 from collections.abc import Mapping
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, FileRecord, write_shard
-from fomoe.federation.config import Config, OptimizerConfig
-from fomoe.federation.exchange import Exchange
+from fomoe.federation.config import Config
+from fomoe.federation.exchange import Transport
+from fomoe.federation.inner_optimizer import InnerOptimizer, learning_rate_factor
 from fomoe.federation.ledger import SiteLedger
-from fomoe.federation.memory import memory_by_class, peak_rss, tensor_bytes
-from fomoe.federation.outer_optimizer import Average, Nesterov, OuterOptimizer
-from fomoe.federation.parameters import FederatedTensor, federated_tensors
-from fomoe.federation.placement import Placement
+from fomoe.federation.meeting import Meetings
+from fomoe.federation.memory import peak_rss, tensor_bytes
+from fomoe.federation.parameters import federated_tensors
+from fomoe.federation.placement import Placement, placement_of_round
+from fomoe.federation.relocation import relocate
+from fomoe.federation.site_state import saved_state
+from fomoe.federation.staging import Staging
 from fomoe.federation.task import Task
+from fomoe.nn import ModelTensor
 
-__all__ = ["Site", "learning_rate_factor"]
+__all__ = ["LocalStep", "Site"]
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+@dataclass(frozen=True, slots=True)
+class LocalStep:
+    """``loss`` of the language model in nats per token, NaN when the site had to skip the step."""
+
+    loss: float
+    tokens: int
+    learning_rate: float
 
 
 class Site:
-    """The model, optimizers and exchange of one site; needs an initialised process group."""
+    """The model, optimizers and exchange of one site.
 
-    def __init__(self, config: Config, task: Task, site: int) -> None:
-        federation = config.federation
+    Parameters
+    ----------
+    config : Config
+    task : Task
+    transport : Transport
+        This site's way to the others; says which site it is.
+    checkpoint : Checkpoint, optional
+        Where to go on from: model, optimizer states, momenta and data cursor.
+
+    Raises
+    ------
+    UserError
+        The settings do not fit the model, or the checkpoint cannot be read.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        transport: Transport,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.config = config
         self.task = task
-        self.site = site
+        self.transport = transport
+        self.site = transport.site
+        self.device = torch.device(config.training.device_of(self.site))
         self.ledger = SiteLedger()
-        self.placement = Placement(
-            task.num_layers, task.num_experts, federation.sites, federation.overlap
-        )
-        self.model = task.build_model(self.placement.residents(site))
-        self.tensors: list[FederatedTensor] = federated_tensors(self.model)
-        self.exchange = Exchange(self.tensors, self.placement, site, self.ledger)
-        self.optimizer = _inner_optimizer(self.model, config.optimizer)
-        self.outer: OuterOptimizer = (
-            Nesterov(federation.outer_lr, federation.outer_momentum)
-            if federation.outer == "nesterov"
-            else Average()
-        )
-        self.start: dict[str, Tensor] = {}
+        self.staging = Staging(self.device)
+        self.round = 0
+        """Completed ones."""
         self.step = 0
-        shared = [tensor for tensor in self.tensors if tensor.is_shared]
-        self.written = [*shared[site :: federation.sites], *self.exchange.owned]
-        """The tensors this site writes; over all sites, every tensor of the model once."""
+        """Of the optimizer, since the beginning of the run."""
+        self.failed = False
+        """Whether the loss of this round was not finite."""
+        self.tokens = 0
+        """Of this round."""
+        self.rejected: set[int] = set()
+        """Sites whose contribution did not count in this round."""
+        first = 0
+        if checkpoint is not None:
+            self.round = checkpoint.manifest["completed_rounds"]
+            self.step = checkpoint.manifest["step"]
+            # What moves at the beginning of the next round moves there, unless the settings have
+            # changed and nothing of the old placement is of use.
+            unchanged = checkpoint.placement == self._placement_of(self.round - 1)
+            first = self.round - 1 if unchanged else self.round
+        self.placement = self._placement_of(first)
+        self._build()
+        self.meetings = Meetings(
+            config.federation, transport, self.ledger, self.tensors, self.placement
+        )
+        if checkpoint is not None:
+            self._load(checkpoint)
+
+    def _placement_of(self, round_index: int) -> Placement:
+        task = self.task
+        return placement_of_round(self.config, task.num_layers, task.num_experts, round_index)
+
+    def _build(self) -> None:
+        """The model and the inner optimizer for the placement."""
+        self.model = self.task.build_model(self.placement.residents(self.site)).to(self.device)
+        self.tensors: list[ModelTensor] = federated_tensors(self.model)
+        self.optimizer = InnerOptimizer(
+            self.tensors, self.config.optimizer, self.config.federation.moved_warmup_steps
+        )
 
     @property
     def averages_gradients(self) -> bool:
         return self.config.federation.strategy == "ddp"
 
+    @property
+    def written(self) -> list[ModelTensor]:
+        """The tensors this site writes; over all sites, every tensor of the model once."""
+        everywhere = [tensor for tensor in self.tensors if tensor.on_every_site]
+        mine = [
+            tensor
+            for tensor in self.tensors
+            if not tensor.on_every_site
+            and tensor.layer is not None
+            and tensor.expert is not None
+            and self.placement.owner(tensor.layer, tensor.expert) == self.site
+        ]
+        return [*everywhere[self.site :: self.transport.sites], *mine]
+
     # ---- training ---------------------------------------------------------------------------
 
-    def local_step(self) -> tuple[float, int]:
-        """One optimizer step; returns the language-model loss (nats per token) and its tokens.
+    def begin_round(self) -> None:
+        """Move experts if their places have changed, and remember where the round starts."""
+        self.failed, self.tokens, self.rejected = False, 0, set()
+        if self.round > 0:
+            self._move_to(self._placement_of(self.round))
+        if not self.averages_gradients:
+            self.meetings.begin_round(self.staging.to_host("values", self._values()))
+
+    def local_step(self) -> LocalStep:
+        """One optimizer step.
+
+        A loss that is not finite ends the local steps of the round: what is left of them only
+        passes over the data, and the site's contribution will not count.
+        """
+        batch = self.task.batch(self.site, self.step).to(self.device)
+        num_tokens = batch.shape[0] * (batch.shape[1] - 1)
+        learning_rate = self._learning_rate()
+        loss = math.nan if self.failed else self._forward_and_backward(batch)
+        if not math.isfinite(loss):
+            self.failed = not self.averages_gradients
+        if self.averages_gradients:
+            self._average_gradients(num_tokens)
+        if not self.failed:
+            if self.config.optimizer.clip_norm > 0:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+            self.optimizer.step(learning_rate)
+        self.step += 1
+        self.tokens += num_tokens
+        return LocalStep(loss, num_tokens, learning_rate)
+
+    def end_round(self) -> None:
+        """Meet the other sites: after this, holders of a tensor hold the same value.
+
+        Everything happens in scratch tensors; the model changes only when all have arrived.
 
         Raises
         ------
         UserError
-            When the loss is not finite.
+            No site has anything to contribute.
         """
-        settings = self.config.optimizer
-        tokens = self.task.batch(self.site, self.step)
-        num_tokens = tokens.shape[0] * (tokens.shape[1] - 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.task.loss(self.model, tokens)
-        loss.objective.backward()  # type: ignore[no-untyped-call]
-        value = loss.language_model.item()
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss of site {self.site} is {value} at step {self.step}: "
-                f"lower optimizer.lr (now {settings.lr}) or set optimizer.clip_norm"
-            )
-        if self.averages_gradients:
-            self._average_gradients(num_tokens)
-        if settings.clip_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
-        self._set_learning_rate()
-        self.optimizer.step()
-        self.step += 1
-        return value, num_tokens
+        if not self.averages_gradients:
+            self._meet()
+        self.round += 1
 
-    def begin_round(self) -> None:
-        """Remember where the round starts, when the outer optimizer needs it."""
-        if not self.averages_gradients and self.outer.needs_start:
-            self.start = {tensor.name: tensor.value.clone() for tensor in self.tensors}
+    def _meet(self) -> None:
+        moments = {}
+        if self.config.federation.outer == "local_adamw":
+            moments = {
+                kind: self.staging.to_host(kind, values)
+                for kind, values in self.optimizer.moments().items()
+            }
+        values = self.staging.to_host("values", self._values())
+        self.meetings.exchange.borrowed = [
+            *values.values(), *(m for kind in moments.values() for m in kind.values())
+        ]  # fmt: skip
+        meeting = self.meetings.meet(values, moments, self.tokens, failed=self.failed)
+        self.meetings.exchange.borrowed = ()
+        self.rejected = set(meeting.attendance.rejected)
+        self._assign(meeting.values)
+        if self.site in self.rejected:
+            self.optimizer.forget_what_is_not_finite()
+        self.optimizer.set_moments(meeting.moments)
+        self.meetings.commit()
 
-    def end_round(self, tokens: int) -> None:
-        """Meet the other sites: after this, holders of a tensor hold the same value.
+    def _values(self) -> dict[str, Tensor]:
+        return {tensor.name: tensor.value for tensor in self.tensors}
 
-        Everything happens in scratch tensors; the model changes only when all have arrived.
-        """
-        if self.averages_gradients:
-            return
-        contributions = {
-            tensor.name: self.outer.contribution(self.start.get(tensor.name), tensor.value)
-            for tensor in self.tensors
-        }
-        means = self.exchange.reduce(contributions, tokens)
-        del contributions
-        results = self.exchange.distribute(
-            {name: self.outer.reduce(name, mean) for name, mean in means.items()}
-        )
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
             for tensor in self.tensors:
-                start = self.start.get(tensor.name)
-                tensor.value.copy_(self.outer.result(start, results[tensor.name]))
-        self.outer.commit()
-        self.start = {}
+                if tensor.name in values:
+                    value = tensor.value
+                    value.copy_(values[tensor.name].view(value.shape))
+
+    def _forward_and_backward(self, batch: Tensor) -> float:
+        """Leaves gradients; returns the language model's loss."""
+        self.model.zero_grad(set_to_none=True)
+        loss = self.task.loss(self.model, batch)
+        loss.objective.backward()  # type: ignore[no-untyped-call]
+        return float(loss.language_model.item())
+
+    def _average_gradients(self, tokens: int) -> None:
+        for tensor in self.tensors:
+            if tensor.parameter.grad is None:
+                tensor.parameter.grad = torch.zeros_like(tensor.parameter)
+        gradients = {
+            tensor.name: tensor.of(tensor.parameter.grad)
+            for tensor in self.tensors
+            if tensor.parameter.grad is not None
+        }
+        host = self.staging.to_host("gradients", gradients)
+        self.meetings.exchange.borrowed = list(host.values())
+        averaged, attendance = self.meetings.mean_gradients(host, tokens)
+        self.meetings.exchange.borrowed = ()
+        self.rejected |= set(attendance.rejected)
+        for name, gradient in gradients.items():
+            gradient.copy_(averaged[name].view(gradient.shape))
+
+    def _learning_rate(self) -> float:
+        federation, optimizer = self.config.federation, self.config.optimizer
+        total_steps = federation.rounds * federation.local_steps
+        return optimizer.lr * learning_rate_factor(self.step, total_steps, optimizer)
+
+    def _move_to(self, placement: Placement) -> None:
+        """Take leave of the experts that go, and welcome those that come."""
+        if placement == self.placement:
+            return
+        before = self.tensors, self.placement
+        values, state = self._values(), self.optimizer.state()
+        outer = self.meetings.outer
+        keeps_momentum = self.config.federation.outer == "nesterov"
+        self.placement = placement
+        self._build()
+        arrivals = relocate(
+            before,
+            (self.tensors, placement),
+            outer.momentum if keeps_momentum else None,
+            self.transport,
+            self.ledger,
+        )
+        self._assign(values | arrivals.weights)
+        arrived = arrivals.weights.keys()
+        self.optimizer.load({k: v for k, v in state.items() if k.partition("/")[2] not in arrived})
+        self.optimizer.warm_up(arrived)
+        self.meetings.place(self.tensors, placement, arrivals)
+        self.staging.keep_only({tensor.name for tensor in self.tensors})
+
+    # ---- what others want to know -----------------------------------------------------------
 
     def digests(self) -> dict[str, Any]:
         """SHA-256 of what this site holds in common with others, who must have the same.
 
-        ``shared``: of the shared tensors. ``expert``: by group of holders, written ``"0,2"``, of
-        the experts that exactly these sites hold.
+        ``shared``: of the shared tensors and the rows of a full router. ``expert``: by group of
+        holders, written ``"0,2"``, of the experts that exactly these sites hold.
         """
         shared = hashlib.sha256()
         experts: dict[str, Any] = {}
         for tensor in self.tensors:
             digest = shared
-            if tensor.layer is not None and tensor.expert is not None:
+            if not tensor.on_every_site and tensor.layer is not None and tensor.expert is not None:
                 holders = self.placement.holders(tensor.layer, tensor.expert)
                 digest = experts.setdefault(",".join(map(str, holders)), hashlib.sha256())
-            digest.update(tensor.value.contiguous().view(-1).view(torch.uint8).numpy().data)
+            value = tensor.value.cpu().contiguous()
+            digest.update(value.view(-1).view(torch.uint8).numpy().data)
         return {
             "shared": shared.hexdigest(),
             "expert": {group: digest.hexdigest() for group, digest in experts.items()},
@@ -151,110 +292,42 @@ class Site:
 
     def memory(self) -> dict[str, int]:
         """Bytes of this site's tensors by class, before a meeting, when most of them exist."""
-        return memory_by_class(self.model, self.optimizer, self.start)
+        parameters = list(self.model.parameters())
+        return {
+            "parameters": tensor_bytes(parameters),
+            "gradients": tensor_bytes(p.grad for p in parameters if p.grad is not None),
+            "optimizer": self.optimizer.num_bytes(),
+            "round_start": tensor_bytes(self.meetings.start.values()),
+        }
 
     def memory_of_the_meeting(self) -> dict[str, int]:
-        """What a meeting adds: the most that its contributions, buffers and means took at once at
-        a collective, the momentum of owned tensors, and the peak resident set of the process."""
+        """What meetings add, and the peak resident set of the process.
+
+        That is the most that contributions, buffers and means took at once at a collective, the
+        momentum of owned tensors, and what the codec lost.
+        """
+        exchange = self.meetings.exchange
+        lost = [*exchange.lost_up.residuals.values(), *exchange.lost_down.residuals.values()]
         return {
-            "outer_momentum": tensor_bytes(self.outer.momentum.values()),
-            "exchange_buffers": self.exchange.peak_scratch_bytes,
+            "outer_momentum": tensor_bytes(self.meetings.outer.momentum.values()),
+            "codec_residuals": tensor_bytes(lost),
+            "exchange_buffers": exchange.peak_scratch_bytes,
             "peak_rss": peak_rss(),
         }
-
-    def _average_gradients(self, tokens: int) -> None:
-        gradients = {
-            tensor.name: tensor.of(
-                torch.zeros_like(tensor.parameter)
-                if tensor.parameter.grad is None
-                else tensor.parameter.grad
-            )
-            for tensor in self.tensors
-        }
-        averaged = self.exchange.distribute(self.exchange.reduce(gradients, tokens))
-        for tensor in self.tensors:
-            if tensor.parameter.grad is None:
-                tensor.parameter.grad = torch.zeros_like(tensor.parameter)
-            tensor.of(tensor.parameter.grad).copy_(averaged[tensor.name])
-
-    def _set_learning_rate(self) -> None:
-        federation = self.config.federation
-        factor = learning_rate_factor(
-            self.step, federation.rounds * federation.local_steps, self.config.optimizer
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * factor
 
     # ---- checkpoint -------------------------------------------------------------------------
 
     def write(self, folder: Path, *, with_state: bool) -> list[FileRecord]:
-        """Write this site's part of the model, and its own state, to a folder."""
+        """Write this site's part of the model, and its own state, to a folder that exists."""
         model = {tensor.name: tensor.value for tensor in self.written}
         records = [write_shard(folder, "model", self.site, model)]
         if with_state:
-            records.append(write_shard(folder, "state", self.site, self._state()))
+            state = self.optimizer.state() | self.meetings.state()
+            records.append(write_shard(folder, "state", self.site, state))
         return records
 
-    def load(self, checkpoint: Checkpoint) -> None:
-        """Continue from a checkpoint of the same settings: model, moments, momentum, cursor."""
-        model = checkpoint.model({tensor.name for tensor in self.tensors})
-        with torch.no_grad():
-            for tensor in self.tensors:
-                tensor.value.copy_(model[tensor.name])
-        state = checkpoint.state(self.site)
-        self.step = int(checkpoint.manifest["step"])
-        prefix = "outer_momentum/"
-        self.outer.momentum = {
-            name.removeprefix(prefix): value
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
-        for tensor in self.tensors:
-            with suppress(KeyError):  # a parameter that never had a gradient has no moments
-                self._load_moments(tensor, state)
-
-    def _state(self) -> dict[str, Tensor]:
-        state = {f"outer_momentum/{name}": value for name, value in self.outer.momentum.items()}
-        for tensor in self.tensors:
-            moments = self.optimizer.state.get(tensor.parameter, {})
-            for kind in _MOMENTS:
-                if kind in moments:
-                    state[f"{kind}/{tensor.name}"] = tensor.of(moments[kind])
-            if "step" in moments:
-                state[f"adamw_step/{tensor.name}"] = moments["step"]
-        return state
-
-    def _load_moments(self, tensor: FederatedTensor, state: Mapping[str, Tensor]) -> None:
-        step = state[f"adamw_step/{tensor.name}"]
-        moments: dict[str, Any] = self.optimizer.state[tensor.parameter]
-        moments["step"] = step
-        for kind in _MOMENTS:
-            if kind not in moments:
-                moments[kind] = torch.zeros_like(tensor.parameter)
-            tensor.of(moments[kind]).copy_(state[f"{kind}/{tensor.name}"])
-
-
-def learning_rate_factor(step: int, total_steps: int, settings: OptimizerConfig) -> float:
-    """Linear warm-up over ``warmup_steps``, then a cosine from 1 down to ``min_lr_ratio``."""
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine
-
-
-def _inner_optimizer(model: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    if settings.name == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, foreach=False
-        )
-    # One tensor at a time: the arithmetic of the oracle in examples/nano_fomoe.py, to the bit.
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        foreach=False,
-        fused=False,
-    )
+    def _load(self, checkpoint: Checkpoint) -> None:
+        self._assign(checkpoint.model({tensor.name for tensor in self.tensors}))
+        state = saved_state(checkpoint, self.site, self.placement, self.tensors, self.meetings)
+        self.optimizer.load(state)
+        self.meetings.load(state)

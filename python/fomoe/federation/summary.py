@@ -14,7 +14,6 @@ from fomoe.data import bigram_entropy, unigram_entropy
 from fomoe.federation.checkpoint import Totals
 from fomoe.federation.config import Config
 from fomoe.federation.ledger import EXCHANGE_CLASSES
-from fomoe.federation.placement import Placement
 from fomoe.federation.task import LanguageModelTask, Task
 
 __all__ = ["RunTotals", "corpus_sha256", "versions"]
@@ -41,15 +40,14 @@ class RunTotals:
     ``exchange_bytes`` of a site counts what it sent to other sites (shared, expert, tokens).
     """
 
-    def __init__(self, config: Config, task: Task, placement: Placement) -> None:
+    def __init__(self, config: Config, task: Task) -> None:
         self.config = config
-        self.placement = placement
         self.commit = source_commit()
         self.corpus = _describe_corpus(task)
         self.tokens = 0
         self.seconds = 0.0
         self.ghost_shares: list[float] = []
-        self.exchange_bytes = [0] * placement.sites
+        self.exchange_bytes = [0] * config.federation.sites
         self.bytes_by_class: dict[str, int] = {}
         self.memory: list[dict[str, int]] = []
         self.parameters = 0

@@ -163,14 +163,14 @@ class LanguageModelTask:
 
 def _decoder_config(settings: ModelConfig) -> DecoderConfig:
     if settings.name is None:
-        return DecoderConfig(**settings.model_dump(exclude={"name"}))
+        values = settings.model_dump(exclude={"name"})
+        return DecoderConfig(**values | {"capacity_factor": settings.capacity_factor or None})
     try:
         named = configuration(settings.name)
     except ValueError as error:
         raise UserError(f"model.name: {error}") from None
-    if "vocab_size" in settings.model_fields_set:
-        return replace(named, vocab_size=settings.vocab_size)
-    return named
+    beside = settings.model_fields_set - {"name"}
+    return replace(named, **{key: getattr(settings, key) for key in beside})
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

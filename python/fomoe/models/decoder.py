@@ -5,7 +5,7 @@ B batch, S sequence, V vocabulary, D model width.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -41,9 +41,17 @@ class DecoderConfig:
     num_experts: int
     top_k: int
     activation: Literal["swiglu", "silu", "swiglu_clamped"] = "swiglu"
+    router: Literal["full", "partitioned"] = "full"  # this and what follows: see MoEConfig
+    num_groups: int = 1
+    top_k_groups: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    capacity_factor: float | None = None
     score: Literal["softmax", "sigmoid", "unit"] = "softmax"
+    score_after_top_k: bool = False
     renormalize: bool = False
     scale: float = 1.0
+    shared_expert_dim: int = 0
+    shared_expert_gate: bool = False
     norm: Literal["pre", "peri"] = "pre"  # peri also normalises each block's output
     residual_scale: float = 1.0  # factor on what each block adds to the residual stream
     tie_embeddings: bool = True
@@ -69,18 +77,8 @@ class DecoderConfig:
 
     def moe(self) -> MoEConfig:
         """The configuration of each block's Mixture-of-Experts layer."""
-        return MoEConfig(
-            dim=self.dim,
-            expert_dim=self.expert_dim,
-            num_experts=self.num_experts,
-            top_k=self.top_k,
-            activation=self.activation,
-            score=self.score,
-            renormalize=self.renormalize,
-            scale=self.scale,
-            balance_loss_coefficient=self.balance_loss_coefficient,
-            z_loss_coefficient=self.z_loss_coefficient,
-        )
+        shared_names = {field.name for field in fields(self)} & {f.name for f in fields(MoEConfig)}
+        return MoEConfig(**{name: getattr(self, name) for name in shared_names})
 
 
 class DecoderLayer(nn.Module):

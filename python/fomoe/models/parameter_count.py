@@ -15,11 +15,19 @@ class ParameterCount:
     attention: int
     router: int
     experts: int
+    shared_experts: int  # those that every token passes through
     norms: int
 
     @property
     def total(self) -> int:
-        return self.embedding + self.attention + self.router + self.experts + self.norms
+        return (
+            self.embedding
+            + self.attention
+            + self.router
+            + self.experts
+            + self.shared_experts
+            + self.norms
+        )
 
 
 def parameter_count(
@@ -39,5 +47,8 @@ def parameter_count(
         attention=config.num_layers * num_heads * config.head_dim * config.dim,
         router=config.num_layers * config.num_experts * config.dim,
         experts=num_residents * num_matrices * config.expert_dim * config.dim,
+        shared_experts=config.num_layers
+        * config.dim
+        * (num_matrices * config.shared_expert_dim + config.shared_expert_gate),
         norms=num_norms * config.dim,
     )

@@ -6,7 +6,7 @@ from fomoe.nn.config import MoEConfig
 from fomoe.nn.experts import Experts, SharedExpert
 from fomoe.nn.initialization import initialize
 from fomoe.nn.moe import MoE, auxiliary_loss
-from fomoe.nn.naming import expert_tensor_name, named_tensors
+from fomoe.nn.naming import ModelTensor, expert_tensor_name, model_tensors, named_tensors
 from fomoe.nn.statistics import RouterStatistics
 
 __all__ = [
@@ -14,11 +14,13 @@ __all__ = [
     "LoadBalancer",
     "MoE",
     "MoEConfig",
+    "ModelTensor",
     "RouterStatistics",
     "SharedExpert",
     "auxiliary_loss",
     "expert_tensor_name",
     "initialize",
+    "model_tensors",
     "named_tensors",
     "update_biases",
 ]

@@ -1,14 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names of a model's tensors, independent of which experts are resident.
 
-A module with an ``expert_ids`` attribute stacks its experts: dim 0 of each of its own parameters
-has one row per resident expert. Every other parameter is shared.
+A module with an ``expert_ids`` attribute stacks what belongs to single experts: row i of dim 0 of
+each of its own parameters belongs to expert ``expert_ids[i]``, or to nobody here if that is None.
+Every other parameter is shared. A router that scores all experts says ``on_every_site = True``, for
+its rows are there whether or not the expert is resident.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTensor:
+    """A whole shared parameter, or one expert's row of a stacked one.
+
+    ``name`` is unique over all sites: the row of expert 17 in the parameter
+    ``layers.3.moe.experts.w1`` is ``layers.3.moe.experts.17.w1``. ``layer`` counts the modules from
+    0 that have stacked ones within; ``row``, ``layer`` and ``expert`` are None for a shared tensor.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    row: int | None = None
+    layer: int | None = None
+    expert: int | None = None
+    on_every_site: bool = True
+
+    def of(self, stacked: Tensor) -> Tensor:
+        """A view of the part of ``stacked``, shaped like the parameter, that is this tensor's."""
+        return stacked if self.row is None else stacked[self.row]
+
+    @property
+    def value(self) -> Tensor:
+        """The tensor itself, detached: a view of the parameter."""
+        return self.of(self.parameter.detach())
+
+    @property
+    def num_elements(self) -> int:
+        total = self.parameter.numel()
+        return total if self.row is None else total // self.parameter.shape[0]
 
 
 def expert_tensor_name(parameter_name: str, expert_id: int) -> str:
@@ -21,33 +55,41 @@ def expert_tensor_name(parameter_name: str, expert_id: int) -> str:
     return f"{prefix}{expert_id}.{tensor_name}"
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every shared parameter and every resident expert's row, by name, in registration order.
+def model_tensors(model: nn.Module) -> Iterator[ModelTensor]:
+    """Every shared parameter and every expert's row, in registration order.
 
-    The tensors are detached views: writing to one writes to the model. A parameter that two
-    modules share comes once.
+    A parameter that two modules share comes once.
 
     Raises
     ------
     ValueError
-        If a stacked parameter does not have one row per resident expert.
+        If a stacked parameter does not have one row per entry of ``expert_ids``.
     """
-    expert_ids_of: dict[int, tuple[int, ...]] = {}
-    for module in model.modules():
+    layers: dict[str, int] = {}
+    stacks: dict[int, tuple[int, nn.Module]] = {}
+    for name, module in model.named_modules():
         if hasattr(module, "expert_ids"):
-            expert_ids = tuple(cast(Sequence[int], module.expert_ids))
-            expert_ids_of |= {
-                id(parameter): expert_ids for parameter in module.parameters(recurse=False)
-            }
+            layer = layers.setdefault(name.rpartition(".")[0], len(layers))
+            stacks |= {id(p): (layer, module) for p in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in expert_ids_of:
-            yield name, parameter.detach()
+        if id(parameter) not in stacks:
+            yield ModelTensor(name, parameter)
             continue
-        expert_ids = expert_ids_of[id(parameter)]
+        layer, module = stacks[id(parameter)]
+        expert_ids = cast(Sequence[int | None], module.expert_ids)
+        everywhere = bool(getattr(module, "on_every_site", False))
         if len(expert_ids) != parameter.shape[0]:
             raise ValueError(
-                f"{name}: expected one row per resident expert, {len(expert_ids)}, "
+                f"{name}: expected one row per entry of expert_ids, {len(expert_ids)}, "
                 f"got {parameter.shape[0]}"
             )
-        for row, expert_id in enumerate(expert_ids):
-            yield expert_tensor_name(name, expert_id), parameter.detach()[row]
+        for row, expert in enumerate(expert_ids):
+            if expert is not None:
+                row_name = expert_tensor_name(name, expert)
+                yield ModelTensor(row_name, parameter, row, layer, expert, everywhere)
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of :func:`model_tensors`; writing to a value writes to the model."""
+    for tensor in model_tensors(model):
+        yield tensor.name, tensor.value

@@ -22,7 +22,7 @@ from fomoe.federation.checkpoint import (
 from fomoe.federation.evaluation import assembled_loss
 from fomoe.federation.launch.opening import Opening
 from fomoe.federation.ledger import check_agreement, round_lines
-from fomoe.federation.placement import Placement
+from fomoe.federation.placement import Placement, placement_of_round
 from fomoe.federation.progress import ProgressLine
 from fomoe.federation.summary import RunTotals, versions
 from fomoe.federation.task import Task
@@ -52,8 +52,6 @@ class Coordinator:
         The run folder, made ready.
     task
         What is trained.
-    placement
-        Which site holds what.
     announce
         Called with the path of every checkpoint that is complete.
     """
@@ -62,18 +60,16 @@ class Coordinator:
         self,
         opening: Opening,
         task: Task,
-        placement: Placement,
         announce: Callable[[str], None],
     ) -> None:
         self.config = opening.config
         self.folder = opening.folder
         self.task = task
-        self.placement = placement
-        self.sites = placement.sites
+        self.sites = opening.config.federation.sites
         self.announce = announce
         self.first_round = opening.first_round
         self.last_checkpoint = ""
-        self.totals = RunTotals(self.config, task, placement)
+        self.totals = RunTotals(self.config, task)
         if opening.checkpoint is not None:
             self.last_checkpoint = str(opening.checkpoint.folder)
             self.totals.restore(opening.checkpoint.manifest["totals"])
@@ -136,7 +132,7 @@ class Coordinator:
         self.progress.step(sum(losses) / len(losses))
 
     def _round_done(self, index: int, reports: list[_Report]) -> None:
-        for line in round_lines(index, reports, self.placement):
+        for line in round_lines(index, reports, self._placement(index)):
             self.ledger.write(line)
         check_agreement(index, [report["digests"] for report in reports])
         rejected = reports[0]["rejected"]
@@ -178,6 +174,11 @@ class Coordinator:
     def _write(self, kind: str, **fields: Any) -> None:
         self.metrics.write({"kind": kind, **fields})
 
+    def _placement(self, index: int) -> Placement:
+        """Where the experts are during a round."""
+        task = self.task
+        return placement_of_round(self.config, task.num_layers, task.num_experts, index)
+
     def _manifest(self, index: int, records: list[FileRecord], threads: list[int]) -> Manifest:
         steps = (index + 1) * self.config.federation.local_steps
         return Manifest(
@@ -185,10 +186,7 @@ class Coordinator:
             model=self.task.model_settings,
             completed_rounds=index + 1,
             step=steps,
-            placement=[
-                [list(self.placement.holders(layer, e)) for e in range(self.placement.num_experts)]
-                for layer in range(self.placement.num_layers)
-            ],
+            placement=[[list(h) for h in layer] for layer in self._placement(index).table],
             # All randomness is drawn from the seed and the position, so these are its whole state.
             rng={"seed": self.config.training.seed},
             data_cursor=[steps * self.config.training.batch_size] * self.sites,

@@ -7,7 +7,8 @@ notices when the first no longer comes through, as when the host of the store is
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Self
 
@@ -99,6 +100,14 @@ class Heartbeat:
     def waiting(self, what: str) -> None:
         """This process begins to wait for others."""
         self._beat = Beat(0, self._beat.turn + 1, what, None)
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """What this process does is, for this block, to wait for others."""
+        what = self._beat.doing
+        self.waiting(what)
+        yield
+        self.doing(what)
 
     def suspect(self) -> Loss | None:
         """Who is lost, when it is certain that somebody is; waits for a few missing beats.

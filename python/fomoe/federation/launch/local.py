@@ -8,12 +8,11 @@ from fomoe.errors import SiteFailed
 from fomoe.federation.config import Config
 from fomoe.federation.launch.coordinator import Coordinator, where_to_go_on
 from fomoe.federation.launch.heartbeat import Heartbeat, prepare
-from fomoe.federation.launch.membership import threads_of_a_rank
-from fomoe.federation.launch.opening import Opening, begin, go_on, placement_of
+from fomoe.federation.launch.membership import SECONDS_IN_A_COLLECTIVE, threads_of_a_rank
+from fomoe.federation.launch.opening import Opening, begin, check_placement, go_on
 from fomoe.federation.launch.processes import SiteProcesses
 from fomoe.federation.launch.site_process import SiteOrder
 from fomoe.federation.launch.store import HOST, PrefixStore, connect, store_on_this_machine
-from fomoe.federation.placement import Placement
 from fomoe.federation.run_folder import RunFolder, run_to_resume
 from fomoe.federation.task import Task
 
@@ -22,28 +21,28 @@ __all__ = ["train"]
 
 def train(config: Config, task: Task, resume: Path | None) -> dict[str, Any]:
     """See :func:`fomoe.federation.launch.train`."""
-    placement = placement_of(config, task)
+    check_placement(config, task)
     if resume is None:
         task.check()
         with RunFolder(Path(config.run.folder)) as folder:
-            return _follow(begin(config, task, folder), task, placement)
+            return _follow(begin(config, task, folder), task)
     with RunFolder(run_to_resume(resume)) as folder:
         threads = threads_of_a_rank(config, config.federation.sites)
         opening = go_on(config, task, folder, threads)
         if opening.summary is not None:
             return opening.summary
-        return _follow(opening, task, placement)
+        return _follow(opening, task)
 
 
-def _follow(opening: Opening, task: Task, placement: Placement) -> dict[str, Any]:
+def _follow(opening: Opening, task: Task) -> dict[str, Any]:
     federation = opening.config.federation
     store = store_on_this_machine()
     beats = PrefixStore("beats", store)
     prepare(beats, federation.sites + 1)
-    coordinator = Coordinator(opening, task, placement, announce=lambda checkpoint: None)
+    coordinator = Coordinator(opening, task, announce=lambda checkpoint: None)
     processes = SiteProcesses(_orders(opening, task, store.port))
     heartbeat = Heartbeat(
-        connect(HOST, store.port, "beats", federation.timeout),
+        connect(HOST, store.port, "beats", SECONDS_IN_A_COLLECTIVE),
         me=federation.sites,
         watched={site: f"site {site}" for site in range(federation.sites)},
         timeout=federation.timeout,

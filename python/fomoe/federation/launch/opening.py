@@ -9,13 +9,13 @@ from typing import Any
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
 from fomoe.federation.config import Config
-from fomoe.federation.placement import Placement
+from fomoe.federation.placement import placement_of_round
 from fomoe.federation.resume import check_corpus, check_settings, notes
 from fomoe.federation.run_folder import RunFolder, run_to_resume
 from fomoe.federation.summary import corpus_sha256
 from fomoe.federation.task import Task
 
-__all__ = ["Opening", "begin", "go_on", "has_checkpoint", "placement_of"]
+__all__ = ["Opening", "begin", "check_placement", "go_on", "has_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,9 @@ class Opening:
         return completed
 
 
-def placement_of(config: Config, task: Task) -> Placement:
-    """Which site holds what.
-
-    Raises
-    ------
-    UserError
-        The sites cannot hold equally many experts.
-    """
-    federation = config.federation
-    return Placement(task.num_layers, task.num_experts, federation.sites, federation.overlap)
+def check_placement(config: Config, task: Task) -> None:
+    """Raise UserError when the sites cannot hold equally many experts."""
+    placement_of_round(config, task.num_layers, task.num_experts, 0)
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -91,7 +91,7 @@ class Rank:
         self.store.wait(["prepared"])
         on_termination(self._terminated)
         self.heartbeat = Heartbeat(
-            self._connect(f"fomoe/{self.attempt}", self.config.federation.timeout),
+            self._connect(f"fomoe/{self.attempt}"),
             me=self.me,
             watched={m: name for m, name in self._names.items() if m != self.me},
             timeout=self.config.federation.timeout,
@@ -155,8 +155,8 @@ class Rank:
             self._host, self._port, is_master=True, wait_for_workers=False, timeout=timeout
         )
 
-    def _connect(self, prefix: str, seconds: float = SECONDS_IN_A_COLLECTIVE) -> Store:
-        return connect(self._host, self._port, prefix, seconds)
+    def _connect(self, prefix: str) -> Store:
+        return connect(self._host, self._port, prefix, SECONDS_IN_A_COLLECTIVE)
 
     def _ending_beside(self, neighbours: Mapping[int, int]) -> Ending:
         return Ending(self._connect(f"fomoe/{self.attempt}"), self.machine, neighbours)

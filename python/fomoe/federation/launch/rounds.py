@@ -2,20 +2,24 @@
 """The rounds of one site: train, meet, evaluate, write files, report."""
 
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import FileRecord
 from fomoe.federation.config import Config
+from fomoe.federation.exchange import Transport
 from fomoe.federation.launch.channel import Channel, Reporter, timing
 from fomoe.federation.launch.heartbeat import Heartbeat
 from fomoe.federation.site import Site
 from fomoe.federation.summary import corpus_sha256
 from fomoe.federation.task import Task
 
-__all__ = ["check_corpus", "run_rounds"]
+__all__ = ["WatchedTransport", "check_corpus", "run_rounds"]
 
 
 def check_corpus(task: Task, site: int, expected: str | None) -> None:
@@ -53,6 +57,31 @@ def run_rounds(site: Site, channel: Channel, heartbeat: Heartbeat, first_round: 
         reporter.round(report, records)
 
 
+class WatchedTransport:
+    """A transport during whose calls the heartbeat says that the site waits for others."""
+
+    def __init__(self, transport: Transport, heartbeat: Heartbeat) -> None:
+        self._transport = transport
+        self._heartbeat = heartbeat
+        self.site = transport.site
+        self.sites = transport.sites
+        self.seconds = transport.seconds
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        with self._call():
+            return self._transport.gather(values)
+
+    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        with self._call():
+            return self._transport.all_to_all(outbox, send, receive)
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        with self._heartbeat.waits():
+            yield
+        self.seconds = self._transport.seconds
+
+
 def _is_due(config: Config, index: int) -> tuple[bool, bool]:
     """Whether an evaluation, and whether a checkpoint, follows the round."""
     last = index + 1 == config.federation.rounds
@@ -67,19 +96,22 @@ def _is_due(config: Config, index: int) -> tuple[bool, bool]:
 
 def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> dict[str, Any]:
     """Train a round and meet the others; what the coordinator wants to know of it."""
-    begin, exchanged = time.perf_counter(), site.exchange.seconds
+    begin, exchanged = time.perf_counter(), site.transport.seconds
     heartbeat.doing(f"the start of round {index}")
     site.begin_round()
-    tokens = _local_steps(site, reporter, heartbeat)
+    for _ in range(site.config.federation.local_steps):
+        heartbeat.doing(f"step {site.step}")
+        step = site.local_step()
+        reporter.step(step=site.step - 1, loss=step.loss, lr=step.learning_rate)
     memory = site.memory()
-    heartbeat.waiting(f"the meeting of round {index}")
-    site.end_round(tokens)
+    heartbeat.doing(f"the meeting of round {index}")
+    site.end_round()
     heartbeat.doing(f"the report of round {index}")
     memory |= site.memory_of_the_meeting()
     return {
         "round": index,
-        "tokens": tokens,
-        "rejected": [],
+        "tokens": site.tokens,
+        "rejected": sorted(site.rejected),
         "routing": site.task.routing(site.model),
         "digests": site.digests(),
         "parameters": sum(tensor.num_elements for tensor in site.tensors),
@@ -87,22 +119,11 @@ def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> 
         "threads": torch.get_num_threads(),
         "timings": {
             "seconds": timing(time.perf_counter() - begin),
-            "exchange_seconds": timing(site.exchange.seconds - exchanged),
+            "exchange_seconds": timing(site.transport.seconds - exchanged),
             "peak_rss": timing(memory.pop("peak_rss")),
         },
         "memory": memory,
     }
-
-
-def _local_steps(site: Site, reporter: Reporter, heartbeat: Heartbeat) -> int:
-    tokens = 0
-    for _ in range(site.config.federation.local_steps):
-        heartbeat.doing(f"step {site.step}")
-        loss, step_tokens = site.local_step()
-        tokens += step_tokens
-        learning_rate = site.optimizer.param_groups[0]["lr"]
-        reporter.step(step=site.step - 1, loss=loss, lr=learning_rate)
-    return tokens
 
 
 def _count(site: Site, channel: Channel, records: list[FileRecord], *, evaluated: bool) -> None:

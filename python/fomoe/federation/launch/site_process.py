@@ -18,10 +18,11 @@ import torch.distributed as dist
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, incomplete_folder
 from fomoe.federation.config import Config
+from fomoe.federation.exchange import GroupTransport
 from fomoe.federation.launch.channel import PipeChannel, encode
 from fomoe.federation.launch.heartbeat import Heartbeat
 from fomoe.federation.launch.membership import SECONDS_IN_A_COLLECTIVE, threads_of_a_rank
-from fomoe.federation.launch.rounds import check_corpus, run_rounds
+from fomoe.federation.launch.rounds import WatchedTransport, check_corpus, run_rounds
 from fomoe.federation.launch.store import HOST, connect
 from fomoe.federation.launch.watch import Loss
 from fomoe.federation.site import Site
@@ -74,9 +75,9 @@ def run_site(order: SiteOrder, pipe: "connection.Connection[Any, Any]") -> None:
 def _train(order: SiteOrder, channel: PipeChannel, heartbeat: Heartbeat) -> None:
     _join(order)
     check_corpus(order.task, order.site, order.corpus_sha256)
-    site = Site(order.config, order.task, order.site)
-    if order.resume is not None:
-        site.load(Checkpoint(order.resume))
+    checkpoint = None if order.resume is None else Checkpoint(order.resume)
+    transport = WatchedTransport(GroupTransport(), heartbeat)
+    site = Site(order.config, order.task, transport, checkpoint)
     run_rounds(site, channel, heartbeat, order.first_round)
 
 
@@ -99,12 +100,12 @@ def _heartbeat(order: SiteOrder) -> Heartbeat:
     federation = order.config.federation
 
     def lost(loss: Loss | None) -> None:
-        if order.site == 0 and loss is not None:
-            print(f"error: {loss.sentence}", file=sys.stderr, flush=True)
+        if loss is not None:
+            print(f"site {order.site} ends: {loss.sentence}", file=sys.stderr, flush=True)
         os._exit(1)
 
     return Heartbeat(
-        connect(HOST, order.port, "beats", federation.timeout),
+        connect(HOST, order.port, "beats", SECONDS_IN_A_COLLECTIVE),
         me=order.site,
         watched={federation.sites: "the coordinator"},
         timeout=federation.timeout,

@@ -19,18 +19,19 @@ import torch.distributed as dist
 
 from fomoe.federation.checkpoint import Checkpoint
 from fomoe.federation.config import Config
+from fomoe.federation.exchange import GroupTransport, Transport
 from fomoe.federation.launch.coordinator import Coordinator
 from fomoe.federation.launch.heartbeat import CHECKPOINT
 from fomoe.federation.launch.membership import threads_of_a_rank
 from fomoe.federation.launch.opening import (
     Opening,
     begin,
+    check_placement,
     go_on,
     has_checkpoint,
-    placement_of,
 )
 from fomoe.federation.launch.rank import Rank
-from fomoe.federation.launch.rounds import check_corpus, run_rounds
+from fomoe.federation.launch.rounds import WatchedTransport, check_corpus, run_rounds
 from fomoe.federation.launch.traveling import GroupChannel, Travel, mark
 from fomoe.federation.run_folder import RunFolder, run_folder_of, run_to_resume
 from fomoe.federation.site import Site
@@ -68,7 +69,7 @@ def train(config: Config, task: Task, resume: Path | None, site: int | None) -> 
 @contextmanager
 def _opening(rank: Rank, config: Config, task: Task, resume: Path | None) -> Iterator[Opening]:
     """The run folder made ready, on the coordinator's machine."""
-    placement_of(config, task)
+    check_placement(config, task)
     # Torchrun starts ranks anew after a failure: then the run goes on where it was.
     restarted = rank.store_of_all_attempts.check([_BEGAN])
     path = Path(config.run.folder) if resume is None else run_folder_of(resume)
@@ -104,13 +105,10 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
     coordinator = Coordinator(
         opening,
         task,
-        placement_of(opening.config, task),
         announce=lambda path: rank.store.set(CHECKPOINT, path),
     )
     with coordinator, travel.outbox() as outbox:
-        site = Site(opening.config, task, 0)
-        if checkpoint is not None:
-            site.load(checkpoint)
+        site = Site(opening.config, task, _transport(rank), checkpoint)
         channel = GroupChannel(travel, outbox, coordinator, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, opening.first_round)
     return coordinator.finish()
@@ -118,7 +116,7 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
 
 def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
     """The part of any other leader."""
-    placement_of(config, task)
+    check_placement(config, task)
     plan = json.loads(rank.store.get("plan"))
     if plan["has_ended"]:
         return
@@ -132,8 +130,10 @@ def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
                 else Checkpoint(run / "checkpoints" / plan["checkpoint"])
             )
         check_corpus(task, rank.membership.site, plan["corpus_sha256"])
-        site = Site(config, task, rank.membership.site)
-        if checkpoint is not None:
-            site.load(checkpoint)
+        site = Site(config, task, _transport(rank), checkpoint)
         channel = GroupChannel(travel, outbox, None, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, plan["first_round"])
+
+
+def _transport(rank: Rank) -> Transport:
+    return WatchedTransport(GroupTransport(rank.leaders), rank.heartbeat)

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The section [federation]. Imports no torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fomoe.federation.config.section import BelowOne, Count, CountOrZero, Positive, Section
+
+__all__ = ["FederationConfig"]
+
+
+class FederationConfig(Section):
+    """Who trains, and how sites meet.
+
+    A round is `local_steps` optimizer steps. `ddp` averages gradients at every step and takes no
+    outer step; `diloco` and `fomoe` meet at the end of a round.
+    """
+
+    strategy: Literal["ddp", "diloco", "fomoe"]
+    sites: Count = 4
+    overlap: Count = Field(default_factory=lambda known: known.get("sites", 1))
+    """Sites that hold each expert. fomoe requires it; otherwise it is `sites`."""
+    local_steps: Count = 32
+    rounds: Count = 10
+
+    outer: Literal["nesterov", "average", "local_adamw"] = "nesterov"
+    """What becomes of the mean. local_adamw averages both AdamW moments, too."""
+    outer_lr: Positive = 0.7
+    outer_momentum: BelowOne = 0.9
+    codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """How pseudo-gradients and outer steps travel; all but fp32 with error feedback."""
+    router_mean: Literal["all", "holders", "rescaled"] = "all"
+    """Whose rows of a full router count for an expert: every site's, or its holders'."""
+    scale_expert_steps: bool = False
+    """Multiply an expert's mean by sqrt(overlap / sites)."""
+
+    placement: Literal["fixed", "random"] = "fixed"
+    shuffle_every: CountOrZero = Field(
+        default_factory=lambda known: 1 if known.get("placement") == "random" else 0
+    )
+    """Rounds between two draws of a random placement; 0 with a fixed one."""
+    full_replica_rounds: CountOrZero = 0
+    """First rounds in which every site holds every expert."""
+    moved_warmup_steps: CountOrZero = 0
+    """Linear warm-up of the learning rate of an expert that came to a site."""
+
+    ranks_per_site: Annotated[int, Field(ge=1, le=4096)] = 1
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How the ranks of a site keep the shared parameters: each all of them, or a shard."""
+    timeout: Positive = 600.0
+    """Seconds without a sign of life after which a site counts as lost."""
+
+    @property
+    def moves_experts(self) -> bool:
+        """Whether experts change sites during the run."""
+        return self.overlap < self.sites and (
+            self.placement == "random" or self.full_replica_rounds > 0
+        )
+
+    @property
+    def sends_differences(self) -> bool:
+        """Whether sites send pseudo-gradients, rather than the values themselves to be averaged."""
+        return self.strategy != "ddp" and (self.outer == "nesterov" or self.codec != "fp32")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self._check_overlap()
+        self._check_experts_move()
+        self._check_outer()
+        return self
+
+    def _check_overlap(self) -> None:
+        if self.strategy == "fomoe" and "overlap" not in self.model_fields_set:
+            raise ValueError(
+                "federation.overlap is missing: federation.strategy = 'fomoe' needs the number "
+                f"of sites that hold each expert, from 1 to federation.sites = {self.sites}"
+            )
+        if self.overlap > self.sites:
+            raise ValueError(
+                f"federation.overlap = {self.overlap} is larger than "
+                f"federation.sites = {self.sites}"
+            )
+        if self.strategy != "fomoe" and self.overlap != self.sites:
+            raise ValueError(
+                f"federation.overlap = {self.overlap} must equal "
+                f"federation.sites = {self.sites} with "
+                f"federation.strategy = {self.strategy!r}, which holds every expert on every site"
+            )
+
+    def _check_experts_move(self) -> None:
+        if self.strategy != "fomoe":
+            for key in ("placement", "full_replica_rounds"):
+                value, default = getattr(self, key), type(self).model_fields[key].default
+                if value != default:
+                    raise ValueError(
+                        f"federation.{key} = {value!r} needs federation.strategy = 'fomoe'; "
+                        f"{self.strategy!r} holds every expert on every site"
+                    )
+        if (self.placement == "random") != (self.shuffle_every > 0):
+            raise ValueError(
+                f"federation.shuffle_every = {self.shuffle_every} does not fit "
+                f"federation.placement = {self.placement!r}: 'random' draws one every so many "
+                "rounds, at least 1; 'fixed' draws none, 0"
+            )
+        if self.full_replica_rounds > self.rounds:
+            raise ValueError(
+                f"federation.full_replica_rounds = {self.full_replica_rounds} is more than "
+                f"federation.rounds = {self.rounds}"
+            )
+        if self.moved_warmup_steps > 0 and not self.moves_experts:
+            raise ValueError(
+                f"federation.moved_warmup_steps = {self.moved_warmup_steps}, but no expert comes "
+                "to a site during the run: that takes federation.placement = 'random' and "
+                "federation.overlap < federation.sites"
+            )
+
+    def _check_outer(self) -> None:
+        if self.codec != "fp32" and self.strategy == "ddp":
+            raise ValueError(
+                f"federation.codec = {self.codec!r} cannot be used with federation.strategy = "
+                "'ddp': error feedback needs rounds"
+            )
+        if self.codec != "fp32" and self.outer == "local_adamw":
+            raise ValueError(
+                f"federation.codec = {self.codec!r} cannot be used with federation.outer = "
+                "'local_adamw', whose moments are no differences: use 'fp32'"
+            )
+        if self.sends_differences or self.strategy == "ddp":
+            return
+        if self.router_mean == "rescaled" or self.scale_expert_steps:
+            key = "scale_expert_steps" if self.scale_expert_steps else "router_mean"
+            raise ValueError(
+                f"federation.{key} = {getattr(self, key)!r} scales differences, but "
+                f"federation.outer = {self.outer!r} averages values: use 'nesterov'"
+            )

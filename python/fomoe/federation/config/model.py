@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The section [model]. Imports no torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fomoe.federation.config.section import Count, CountOrZero, NotNegative, Positive, Section
+
+__all__ = ["ModelConfig"]
+
+
+class ModelConfig(Section):
+    """The decoder: the fields of fomoe.models.DecoderConfig, or `name`, one of its named ones.
+
+    With `name`, only `vocab_size` and `router` may be set beside it, and win over the named one's.
+    """
+
+    name: str | None = None
+    vocab_size: Annotated[int, Field(ge=256)] = 256
+    dim: Count = 256
+    num_layers: Count = 4
+    num_heads: Count = 4
+    num_kv_heads: Count = Field(default_factory=lambda known: known.get("num_heads", 1))
+    """Defaults to num_heads."""
+    head_dim: Count = Field(
+        default_factory=lambda known: max(1, known.get("dim", 1) // known.get("num_heads", 1))
+    )
+    """Defaults to dim / num_heads."""
+    expert_dim: Count = 128
+    num_experts: Annotated[int, Field(ge=1, le=4096)] = 8
+    top_k: Count = 2
+    activation: Literal["swiglu", "silu"] = "swiglu"
+    router: Literal["full", "partitioned"] = "full"
+    """partitioned: a site scores its residents only, and no token skips an expert."""
+    num_groups: Count = 1
+    top_k_groups: Count = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+    capacity_factor: NotNegative = 0.0
+    """Times the even load: most tokens an expert takes of a batch. 0: all."""
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    score_after_top_k: bool = False
+    renormalize: bool = False
+    scale: Positive = 1.0
+    shared_expert_dim: CountOrZero = 0
+    shared_expert_gate: bool = False
+    norm: Literal["pre", "peri"] = "pre"
+    residual_scale: Positive = 1.0
+    tie_embeddings: bool = True
+    rope_theta: Positive = 10000.0
+    norm_epsilon: Positive = 1e-6
+    balance_loss_coefficient: NotNegative = 1e-2
+    z_loss_coefficient: NotNegative = 1e-3
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.name is not None:
+            others = sorted(self.model_fields_set - {"name", "vocab_size", "router"})
+            if others:
+                raise ValueError(
+                    f"model.name = {self.name!r} fixes the model, "
+                    f"so model.{others[0]} cannot be set as well"
+                )
+            return self
+        if "head_dim" not in self.model_fields_set and self.dim % self.num_heads:
+            raise ValueError(
+                f"model.dim = {self.dim} is not divisible by model.num_heads = {self.num_heads} "
+                "(or set model.head_dim)"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"model.head_dim = {self.head_dim} must be even, for the rotary embedding"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads = {self.num_heads} is not divisible by "
+                f"model.num_kv_heads = {self.num_kv_heads}"
+            )
+        if self.top_k > self.num_experts:
+            raise ValueError(
+                f"model.top_k = {self.top_k} is larger than model.num_experts = {self.num_experts}"
+            )
+        return self

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sections [optimizer], [training], [data], [evaluation] and [run]. Imports no torch."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fomoe.federation.config.section import (
+    BelowOne,
+    Count,
+    CountOrZero,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+)
+
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")]
+
+__all__ = ["DataConfig", "EvaluationConfig", "OptimizerConfig", "RunConfig", "TrainingConfig"]
+
+
+class OptimizerConfig(Section):
+    """A site's own optimizer, with linear warm-up and cosine decay to `min_lr_ratio * lr`."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: Positive = 1e-3
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.0
+    warmup_steps: CountOrZero = 0
+    min_lr_ratio: Fraction = 0.1
+    clip_norm: NotNegative = 1.0
+    """Largest norm of a site's gradient over its own parameters, 0 for no clipping."""
+
+
+class TrainingConfig(Section):
+    """What one site computes with. `batch_size` counts sequences per site and step."""
+
+    batch_size: Annotated[int, Field(ge=1, le=10**6)] = 8
+    sequence_length: Annotated[int, Field(ge=1, le=10**7)] = 256
+    seed: CountOrZero = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads per rank, 0 for max(1, cores // ranks on this machine)."""
+    device: Device | Annotated[tuple[Device, ...], Field(strict=False)] = "cpu"
+    """Where sites compute: "cpu", "cuda" or "cuda:1", for all of them or one for each."""
+
+    def device_of(self, site: int) -> str:
+        """The device of one site, as it was written."""
+        return self.device if isinstance(self.device, str) else self.device[site]
+
+
+class DataConfig(Section):
+    """The text (see fomoe.data.load_corpus). Relative paths start at the current directory."""
+
+    paths: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    """Files and folders, one domain each; none: the text that every Python brings along."""
+    domain_per_site: bool = False
+    max_bytes: CountOrZero = 0
+    """Upper bound of the corpus, 0 for none."""
+    validation_sequences: Count = 128
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for path in self.paths:
+            if self.paths.count(path) > 1:
+                raise ValueError(f"data.paths names {path!r} {self.paths.count(path)} times")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Validation of the assembled model and of every site, every few rounds and at the end."""
+
+    every: CountOrZero = 0
+    """0: only at the end."""
+    batch_size: Count = 16
+
+
+class RunConfig(Section):
+    """Where results go. Relative folders start at the current directory."""
+
+    folder: Annotated[Text, Field(min_length=1)] = "runs/train"
+    save: bool = True
+    """Whether to write checkpoints."""
+    checkpoint_every: CountOrZero = 0
+    """Rounds between checkpoints; 0: only at the end."""
+    keep_checkpoints: Count = 2
+    """How many of the latest checkpoints stay."""

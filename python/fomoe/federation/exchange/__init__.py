@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the sites' tensors meet: to their owners, mean, and back to all who hold them."""
+
+from fomoe.federation.exchange.codec import Codec, codec_for
+from fomoe.federation.exchange.exchange import Attendance, Exchange, weighted_mean
+from fomoe.federation.exchange.pieces import BLOCK, Piece, cut
+from fomoe.federation.exchange.transport import GroupTransport, Transport
+
+__all__ = [
+    "BLOCK",
+    "Attendance",
+    "Codec",
+    "Exchange",
+    "GroupTransport",
+    "Piece",
+    "Transport",
+    "codec_for",
+    "cut",
+    "weighted_mean",
+]
