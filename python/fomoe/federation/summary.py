@@ -52,7 +52,7 @@ class RunTotals:
         self.memory: list[dict[str, int]] = []
         self.parameters = 0
         self.parameters_per_site: list[int] = []
-        self.loss = float("nan")
+        self.loss: float | None = None
         self.site_losses: list[float] = []
 
     def state(self) -> Totals:
@@ -109,6 +109,10 @@ class RunTotals:
 
     def add_evaluation(self, loss: float, site_losses: list[float]) -> None:
         self.loss, self.site_losses = loss, site_losses
+
+    def no_evaluation(self) -> None:
+        """A checkpoint follows without one: the last result is of another state."""
+        self.loss, self.site_losses = None, []
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""
