@@ -178,6 +178,10 @@ class _Coordinator:
             self.ledger.write(line)
         check_agreement(index, [report["digests"] for report in reports])
         self._write("round", **self.totals.add_round(index, reports))
+        for finding in self.totals.new_findings:
+            self._write("warning", **finding.line())
+            if self.totals.routing_health.is_first_of_its_kind(finding):
+                self.progress.say(f"warning: round {finding.round}: {finding.sentence}")
         self.progress.round(self.totals)
         if reports[0]["evaluate"]:
             self._evaluate(index, reports)

@@ -30,6 +30,7 @@ _SUMMARY_KEYS = (
     "site_losses",
     "tokens_per_second",
     "ghost_share",
+    "routing_findings",
     "bytes_per_site",
     "bytes_by_class",
     "memory_per_site",
@@ -41,6 +42,7 @@ _METRIC_KEYS = {
     "step": ["step", "losses"],
     "round": ["round", "bytes_total", "routing"],
     "evaluation": ["round", "loss"],
+    "warning": ["round", "sentence"],
 }
 
 
@@ -148,7 +150,7 @@ def _read_run(folder: Path, label: str, summary: dict[str, Any]) -> Run:
     for place, line in _json_lines(folder / "metrics.jsonl"):
         kind = line.get("kind")
         if kind not in _METRIC_KEYS:
-            raise UserError(f"{place}: expected kind step, round or evaluation, got {kind!r}")
+            raise UserError(f"{place}: expected kind {', '.join(_METRIC_KEYS)}, got {kind!r}")
         _require(line, _METRIC_KEYS[kind], place)
         if kind == "step":
             steps.append(line)
@@ -157,7 +159,7 @@ def _read_run(folder: Path, label: str, summary: dict[str, Any]) -> Run:
             losses = [mean(step["losses"]) for step in steps[first_of_round:]]
             round_losses.append(mean(losses) if losses else math.nan)
             first_of_round = len(steps)
-        else:  # an evaluation belongs to the state that the lines before it left behind
+        elif kind == "evaluation":  # it belongs to the state that the lines before it left behind
             evaluations.append(
                 Evaluation(
                     step=steps[-1]["step"] + 1 if steps else 0,
