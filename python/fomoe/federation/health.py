@@ -223,7 +223,7 @@ class RoutingHealth(BaseModel):
             "skipping": f"skipping unbalances the routing of layer {index}, {towards} the experts "
             f"each site holds: ghost share {value:.2f}, where {expected:.2f} is even; {replicas}",
             "unequal_sites": f"skipping is unequal in layer {index}: ghost share {value:.2f} at "
-            f"site {site}, where {expected:.2f} is even; {replicas}, or {balance}",
+            f"site {site}, where {expected:.2f} would be equal; {replicas}, or {balance}",
             "growing_variation": f"skipping unbalances the routing of layer {index}: load "
             f"variation {value:.2f}, before it was {expected:.2f}; {replicas}",
         }[kind]
