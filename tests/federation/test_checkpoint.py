@@ -21,6 +21,7 @@ from fomoe.federation.checkpoint import (
     write_shard,
 )
 from fomoe.federation.config import load_config
+from fomoe.federation.health import RoutingHealth
 from fomoe.federation.task import LanguageModelTask
 from fomoe.models import load_model
 

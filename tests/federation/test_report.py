@@ -279,7 +279,7 @@ def test_findings_of_the_routing_are_named_and_marked(tmp_path: Path):
     ]
     page = report_page([calm, run], tmp_path)
     assert "fomoe, round 5: layer 1 is unbalanced. The same in 2 more layers: 2, 3." in page.text
-    assert page.text.count("Crosses: findings.") == 1
+    assert page.text.count("Crosses: findings, with their layer.") == 1
 
 
 def test_a_warning_among_the_metrics_is_read(tmp_path: Path):

@@ -35,8 +35,10 @@ _TITLES = {
     "ghost_share": "ghost share",
 }
 _EVEN = {"load_entropy": 1.0, "load_variation": 0.0, "dead_experts": 0.0}
+_EVEN_LINE = BASELINE | {"zorder": 4}
 _MOST_MARKERS = 30
 _MOST_LABELS = 6
+_MARK = "#b45309"
 
 _Limits = dict[str, tuple[float, float]]
 _Values = npt.NDArray[np.float64]
@@ -64,7 +66,9 @@ def _caption(run: Run) -> str:
         "over sites; dead are the experts that no site chose. Below, a line per site: the mean "
         "over layers, and in grey the range over all layers and sites. Dashed: an even router."
     )
-    return caption + (" Crosses: findings." if run.summary["routing_findings"] else "")
+    return caption + (
+        " Crosses: findings, with their layer." if run.summary["routing_findings"] else ""
+    )
 
 
 def _health(run: Run, limits: _Limits) -> Figure:
@@ -78,10 +82,11 @@ def _health(run: Run, limits: _Limits) -> Figure:
         _site_lines(by_site, run, name, rounds)
         by_site.set_xlabel("round")
         for axes in (by_layer, by_site):
-            axes.plot(rounds, _even(run, name), drawstyle="steps-mid", label="even", **BASELINE)
+            axes.plot(rounds, _even(run, name), drawstyle="steps-mid", label="even", **_EVEN_LINE)
             axes.set_ylim(limits[name])
             whole_numbers(axes.xaxis)
-            axes.margins(x=0.03)
+            if name == "dead_experts":
+                whole_numbers(axes.yaxis)
     panels[0].set_ylabel("layers")
     panels[4].set_ylabel("sites")
     for row in (panels[:4], panels[4:]):
@@ -101,7 +106,15 @@ def _layer_lines(axes: Axes, run: Run, name: str, rounds: _Values) -> None:
     for finding in run.summary["routing_findings"]:
         if MEASURES[finding["kind"]] == name:
             height = values[finding["round"] - first, finding["layer"]]
-            axes.plot(finding["round"], height, "X", color="#b45309", markersize=7, zorder=5)
+            axes.plot(finding["round"], height, "X", color=_MARK, markersize=6, zorder=5)
+            axes.annotate(
+                f"{finding['layer']}",
+                (finding["round"], height),
+                xytext=(5, 4),
+                textcoords="offset points",
+                color=_MARK,
+                fontsize=8,
+            )
 
 
 def _site_lines(axes: Axes, run: Run, name: str, rounds: _Values) -> None:
