@@ -166,7 +166,7 @@ def test_a_tensor_that_only_a_rejected_site_holds_rests(tmp_path):
 
 
 def test_a_run_in_which_every_site_fails_ends_with_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="every site are no longer finite: lower optimizer.lr"):
+    with pytest.raises(UserError, match=r"every site are no longer finite: lower optimizer\.lr"):
         train(tmp_path, task=PoisonedTask(SMALL, poisoned={0, 1, 2, 3}))
 
 
