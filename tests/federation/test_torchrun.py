@@ -168,3 +168,10 @@ def test_a_site_without_torchrun_is_refused(tmp_path, capsys):
     (tmp_path / "config.toml").write_text('[federation]\nstrategy = "diloco"\n')
     assert main(["train", "--config", str(tmp_path / "config.toml"), "--site", "1"]) == 2
     assert capsys.readouterr().err.startswith("error: --site 1 is for a rank started by torchrun")
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_a_mistake_in_the_file_is_said_once_on_every_machine(rank, lines, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert main(["train", "--config", "missing.toml"]) == 2
+    assert capsys.readouterr().err.count("\n") == lines

@@ -4,6 +4,7 @@
 It is no site. Reports reach it by :meth:`Coordinator.receive`, the sites' files by a folder.
 """
 
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -129,7 +130,8 @@ class Coordinator:
     def _step_done(self, step: int, reports: list[_Report]) -> None:
         losses = [report["loss"] for report in reports]
         self._write("step", step=step, losses=losses, lr=reports[0]["lr"])
-        self.progress.step(sum(losses) / len(losses))
+        finite = [loss for loss in losses if math.isfinite(loss)]  # a skipped step has none
+        self.progress.step(sum(finite) / len(finite) if finite else math.nan)
 
     def _round_done(self, index: int, reports: list[_Report]) -> None:
         for line in round_lines(index, reports, self._placement(index)):

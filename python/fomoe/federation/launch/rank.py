@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -130,13 +131,13 @@ class Rank:
         self.ending.end(Verdict(f"{sentence}; {hint}", 1, member))
 
     def _terminated(self, number: int) -> None:
-        """Torchrun ends all ranks of a machine when one is gone."""
+        """Torchrun ends all ranks of a machine when one is gone, or when it is told to end."""
+        if number == signal.SIGINT:
+            leave(130)  # somebody sits in front of it
         member = self.ending.dead_neighbour()
         if member is not None:
             self._lost(Loss(member, f"the process of {self._names[member]} died"))
-        if self.ending.has_verdict():
-            self._lost(None)
-        leave(128 + number)
+        self._lost(Loss(None, "torchrun ended the ranks of this machine"))
 
     @property
     def leaders(self) -> dist.ProcessGroup:
