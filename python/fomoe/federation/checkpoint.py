@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe.errors import UserError
+from fomoe.federation.health import RoutingHealth
 from fomoe.federation.placement import Placement
 from fomoe.files import cannot, sync_file, sync_folder, write_whole
 from fomoe.models import MODEL_FORMAT_VERSION
@@ -72,6 +73,7 @@ class Totals(BaseModel):
     tokens: int
     seconds: float
     ghost_shares: list[float]
+    routing_health: RoutingHealth
     exchange_bytes: list[int]
     bytes_by_class: dict[str, int]
 

@@ -137,15 +137,7 @@ class LanguageModelTask:
             if isinstance(module, MoE):
                 statistics = module.statistics()
                 module.reset_statistics()
-                layers.append(
-                    {
-                        "layer": len(layers),
-                        "load": list(statistics.load),
-                        "load_entropy": statistics.load_entropy,
-                        "load_variation": statistics.load_variation,
-                        "ghost_share": statistics.ghost_share,
-                    }
-                )
+                layers.append({"layer": len(layers), **asdict(statistics)})
         return layers
 
     def _validation_windows(self) -> Iterator[npt.NDArray[np.int64]]:

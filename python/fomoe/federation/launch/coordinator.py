@@ -129,8 +129,9 @@ class Coordinator:
 
     def _step_done(self, step: int, reports: list[_Report]) -> None:
         losses = [report["loss"] for report in reports]
-        self._write("step", step=step, losses=losses, lr=reports[0]["lr"])
-        finite = [loss for loss in losses if math.isfinite(loss)]  # a skipped step has none
+        finite = [loss for loss in losses if math.isfinite(loss)]
+        known = [loss if math.isfinite(loss) else None for loss in losses]  # JSON knows no NaN
+        self._write("step", step=step, losses=known, lr=reports[0]["lr"])
         self.progress.step(sum(finite) / len(finite) if finite else math.nan)
 
     def _round_done(self, index: int, reports: list[_Report]) -> None:
@@ -144,6 +145,10 @@ class Coordinator:
                 f"round {index}: site {site} was left out of the mean, "
                 "because its contribution or its loss was not finite"
             )
+        for finding in self.totals.new_findings:
+            self._write("warning", **finding.line())
+            if self.totals.routing_health.is_first_of_its_kind(finding):
+                self.progress.say(f"warning: round {finding.round}: {finding.sentence}")
         self.progress.round(self.totals)
         if not reports[0]["files"]:
             return

@@ -100,9 +100,10 @@ class Rank:
             lost=self._lost,
         )
         self.heartbeat.__enter__()
-        federation = self.config.federation
-        group_store = PrefixStore("group", self._connect(f"fomoe/{self.attempt}"))
-        self.membership = join(group_store, self.seat, federation.sites, federation.ranks_per_site)
+        try:
+            self.membership = self._join()
+        except Exception as error:
+            self._failed(error)
         return self
 
     def __exit__(
@@ -161,6 +162,11 @@ class Rank:
 
     def _ending_beside(self, neighbours: Mapping[int, int]) -> Ending:
         return Ending(self._connect(f"fomoe/{self.attempt}"), self.machine, neighbours)
+
+    def _join(self) -> Membership:
+        federation = self.config.federation
+        store = PrefixStore("group", self._connect(f"fomoe/{self.attempt}"))
+        return join(store, self.seat, federation.sites, federation.ranks_per_site)
 
     def _compare(self, settings_of_site_0: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.config.to_dict()))

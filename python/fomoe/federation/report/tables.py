@@ -104,7 +104,23 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             for name in sorted(by_class.keys() | run.ledger_bytes.keys())
             if run.ledger_bytes.get(name, 0) != by_class.get(name, 0)
         ]
+        found += _routing_warnings(run)
     return found
+
+
+def _routing_warnings(run: Run) -> list[str]:
+    """A sentence per kind of finding: the first one's, and in how many layers there are more."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for finding in run.summary["routing_findings"]:
+        by_kind.setdefault(finding["kind"], []).append(finding)
+    sentences = []
+    for first, *others in by_kind.values():
+        layers = ", ".join(str(finding["layer"]) for finding in others)
+        more = f" The same in layer {layers}." if len(others) == 1 else ""
+        if len(others) > 1:
+            more = f" The same in {len(others)} more layers: {layers}."
+        sentences.append(f"{run.label}, round {first['round']}: {first['sentence']}.{more}")
+    return sentences
 
 
 def _change(value: float, base: float, less: str = "less", more: str = "more") -> str:
