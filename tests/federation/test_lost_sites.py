@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A site or coordinator that hangs ends the run within the timeout, and the sentence says where."""
 
+import dataclasses
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from fomoe.errors import SiteFailed
 from fomoe.federation.launch import train
 
 
-def impatient(folder, **run):
+def impatient(folder, config=CONFIG, **run):
     """nano's settings with a timeout of two seconds."""
-    values = settings(CONFIG, folder, timeout=2.0).to_dict()
+    values = settings(config, folder, timeout=2.0).to_dict()
     values["run"] |= run
     return type(settings(CONFIG, folder)).from_dict(values)
 
@@ -36,9 +37,12 @@ def test_a_site_that_is_stopped_is_named_and_all_end(tmp_path):
     assert not wait_until_gone(task.process_ids())
 
 
-def test_a_site_that_hangs_in_its_own_computation_is_told_from_those_that_wait(tmp_path):
+@pytest.mark.parametrize("strategy", ["fomoe", "ddp"])
+def test_a_site_that_hangs_in_its_own_computation_is_told_from_those_that_wait(strategy, tmp_path):
+    """With ddp the others wait in the middle of the same step, for its gradients."""
+    config = dataclasses.replace(CONFIG, strategy=strategy)
     with pytest.raises(SiteFailed, match=r"^site 1 hangs: .* step 4 for 2 s; there is no checkp"):
-        train(impatient(tmp_path / "run"), task=HangingTask(CONFIG))
+        train(impatient(tmp_path / "run", config), task=HangingTask(config))
 
 
 def test_sites_end_when_the_coordinator_is_stopped(tmp_path):

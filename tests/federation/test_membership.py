@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which rank of torchrun is in which site, and that all who join belong to the same attempt."""
 
+import multiprocessing
 import threading
 
 import pytest
+from rank_program import sums_over_groups
 
 from fomoe.errors import SiteFailed, UserError
 from fomoe.federation.launch.membership import Newcomer, Seat, assign
@@ -103,3 +105,21 @@ def test_ranks_that_are_missing_are_named(port):
     roll_call(port, ["a", "b", "c"])  # an earlier attempt, whose signatures are still there
     with pytest.raises(SiteFailed, match=r"rank 1, 2 of torchrun's 3 ranks did not join within"):
         call_the_roll(store, 0, 3, "d", seconds=0.3)
+
+
+def test_leaders_meet_the_other_sites_and_the_ranks_of_a_site_each_other(port):
+    """Rank r contributes 10 ** r; sites 0 and 1 have the ranks 0, 1 and 2, 3."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fomoe.federation.launch.site_process"])
+    pipes = []
+    for seat in (Seat(1, 1), Seat(0, 0), Seat(0, 1), Seat(1, 0)):
+        mine, theirs = context.Pipe()
+        arguments = (port, seat, 2, 2, theirs)
+        context.Process(target=sums_over_groups, args=arguments, daemon=True).start()
+        pipes.append(mine)
+    assert [pipe.recv() for pipe in pipes] == [
+        {"inside": (1, 1100)},
+        {"leaders": (0, 101), "inside": (0, 11)},
+        {"inside": (1, 11)},
+        {"leaders": (1, 101), "inside": (0, 1100)},
+    ]

@@ -30,15 +30,21 @@ def train(
 ) -> None:
     """Train one model across sites as CONFIG says: all on this machine, or on the ranks that
     torchrun started ("torchrun --nproc-per-node=4 -m fomoe train --config ...")."""
+    from fomoe.errors import UserError
     from fomoe.federation.config import load_config
 
-    settings = load_config(config, overrides or [])
+    try:
+        settings = load_config(config, overrides or [])
+    except UserError:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise typer.Exit(2) from None  # of the ranks on this machine, one says it
     from fomoe.federation.launch import train as run
     from fomoe.federation.run_folder import run_folder_of
 
     summary = run(settings, resume=resume, site=site)
     if os.environ.get("RANK", "0") != "0":
-        return  # one rank of torchrun says it
+        return  # of torchrun's ranks, one says it
     folder = run_folder_of(resume) if resume else settings.run.folder
     typer.echo(
         f"Assembled model: loss {summary['loss']:.3f} nats per byte (bigram entropy of the text "

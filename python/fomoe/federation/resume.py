@@ -13,7 +13,14 @@ from fomoe.federation.config import Config
 __all__ = ["check_corpus", "check_settings", "differences", "notes"]
 
 # Settings a resumed run may change: they alter neither the model nor what a site has seen.
-_FREE = {"run", "evaluation", "federation.rounds", "federation.timeout", "training.threads"}
+_FREE = {
+    "run",
+    "evaluation",
+    "federation.rounds",
+    "federation.timeout",
+    "training.device",
+    "training.threads",
+}
 
 
 def check_settings(manifest: Mapping[str, Any], config: Config, folder: Path) -> None:
@@ -71,6 +78,10 @@ def notes(manifest: Mapping[str, Any], config: Config, threads: int) -> list[str
     if threads_then != {threads}:
         then = ", ".join(map(str, sorted(threads_then)))
         found.append(f"{not_exact} threads per site were {then}, are now {threads}")
+    device_then = manifest["config"]["training"]["device"]
+    device = config.to_dict()["training"]["device"]
+    if device_then != device:
+        found.append(f"{not_exact} training.device was {device_then!r}, is now {device!r}")
     rounds_then, rounds = manifest["config"]["federation"]["rounds"], config.federation.rounds
     if rounds_then != rounds and config.optimizer.min_lr_ratio != 1:
         found.append(

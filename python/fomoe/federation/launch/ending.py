@@ -84,19 +84,6 @@ class Ending:
                 return member
         return None
 
-    def has_verdict(self) -> bool:
-        """Whether somebody has said why the run ends; False when the store does not answer."""
-        found = False
-
-        def look() -> None:
-            nonlocal found
-            found = bool(self._store.get(VERDICT))
-
-        thread = threading.Thread(target=_quietly, args=(look,), daemon=True)
-        thread.start()
-        thread.join(_SECONDS_TO_AGREE)
-        return found
-
 
 def leave(code: int) -> NoReturn:
     """End the process now: other threads may be blocked for ever in a collective."""

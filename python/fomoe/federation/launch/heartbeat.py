@@ -114,7 +114,7 @@ class Heartbeat:
 
         None when a verdict is there already, or nobody is found.
         """
-        deadline = time.monotonic() + self._watch.grace + 3 * self.interval
+        deadline = time.monotonic() + 2 * self._watch.grace + 3 * self.interval
         while time.monotonic() < deadline and not self.verdict:
             if loss := self._watch.suspect():
                 return loss

@@ -7,6 +7,7 @@ from typing import Any
 from fomoe.errors import SiteFailed
 from fomoe.federation.config import Config
 from fomoe.federation.launch.coordinator import Coordinator, where_to_go_on
+from fomoe.federation.launch.device import check_device
 from fomoe.federation.launch.heartbeat import Heartbeat, prepare
 from fomoe.federation.launch.membership import SECONDS_IN_A_COLLECTIVE, threads_of_a_rank
 from fomoe.federation.launch.opening import Opening, begin, check_placement, go_on
@@ -22,6 +23,8 @@ __all__ = ["train"]
 def train(config: Config, task: Task, resume: Path | None) -> dict[str, Any]:
     """See :func:`fomoe.federation.launch.train`."""
     check_placement(config, task)
+    for site in range(config.federation.sites):
+        check_device(config.training.device_of(site))
     if resume is None:
         task.check()
         with RunFolder(Path(config.run.folder)) as folder:

@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -99,9 +100,10 @@ class Rank:
             lost=self._lost,
         )
         self.heartbeat.__enter__()
-        federation = self.config.federation
-        group_store = PrefixStore("group", self._connect(f"fomoe/{self.attempt}"))
-        self.membership = join(group_store, self.seat, federation.sites, federation.ranks_per_site)
+        try:
+            self.membership = self._join()
+        except Exception as error:
+            self._failed(error)
         return self
 
     def __exit__(
@@ -130,13 +132,13 @@ class Rank:
         self.ending.end(Verdict(f"{sentence}; {hint}", 1, member))
 
     def _terminated(self, number: int) -> None:
-        """Torchrun ends all ranks of a machine when one is gone."""
+        """Torchrun ends all ranks of a machine when one is gone, or when it is told to end."""
+        if number == signal.SIGINT:
+            leave(130)  # somebody sits in front of it
         member = self.ending.dead_neighbour()
         if member is not None:
             self._lost(Loss(member, f"the process of {self._names[member]} died"))
-        if self.ending.has_verdict():
-            self._lost(None)
-        leave(128 + number)
+        self._lost(Loss(None, "torchrun ended the ranks of this machine"))
 
     @property
     def leaders(self) -> dist.ProcessGroup:
@@ -160,6 +162,11 @@ class Rank:
 
     def _ending_beside(self, neighbours: Mapping[int, int]) -> Ending:
         return Ending(self._connect(f"fomoe/{self.attempt}"), self.machine, neighbours)
+
+    def _join(self) -> Membership:
+        federation = self.config.federation
+        store = PrefixStore("group", self._connect(f"fomoe/{self.attempt}"))
+        return join(store, self.seat, federation.sites, federation.ranks_per_site)
 
     def _compare(self, settings_of_site_0: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.config.to_dict()))

@@ -20,6 +20,7 @@ from fomoe.federation.checkpoint import Checkpoint, incomplete_folder
 from fomoe.federation.config import Config
 from fomoe.federation.exchange import GroupTransport
 from fomoe.federation.launch.channel import PipeChannel, encode
+from fomoe.federation.launch.device import use_device
 from fomoe.federation.launch.heartbeat import Heartbeat
 from fomoe.federation.launch.membership import SECONDS_IN_A_COLLECTIVE, threads_of_a_rank
 from fomoe.federation.launch.rounds import WatchedTransport, check_corpus, run_rounds
@@ -74,6 +75,7 @@ def run_site(order: SiteOrder, pipe: "connection.Connection[Any, Any]") -> None:
 
 def _train(order: SiteOrder, channel: PipeChannel, heartbeat: Heartbeat) -> None:
     _join(order)
+    use_device(order.config.training.device_of(order.site), order.site)
     check_corpus(order.task, order.site, order.corpus_sha256)
     checkpoint = None if order.resume is None else Checkpoint(order.resume)
     transport = WatchedTransport(GroupTransport(), heartbeat)

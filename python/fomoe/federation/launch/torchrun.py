@@ -17,10 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint
 from fomoe.federation.config import Config
 from fomoe.federation.exchange import GroupTransport, Transport
 from fomoe.federation.launch.coordinator import Coordinator
+from fomoe.federation.launch.device import use_device
 from fomoe.federation.launch.heartbeat import CHECKPOINT
 from fomoe.federation.launch.membership import threads_of_a_rank
 from fomoe.federation.launch.opening import (
@@ -52,7 +54,13 @@ def train(config: Config, task: Task, resume: Path | None, site: int | None) -> 
     # The first optimizer step would import it, which takes seconds that are no step's.
     importlib.import_module("torch._dynamo")
     torch.set_num_threads(threads_of_a_rank(config, int(os.environ["LOCAL_WORLD_SIZE"])))
+    if config.federation.ranks_per_site > 1:
+        raise UserError(
+            f"federation.ranks_per_site = {config.federation.ranks_per_site}: "
+            "the ranks of a site cannot share its work yet, expected 1"
+        )
     with Rank(config, site) as rank:
+        use_device(config.training.device_of(rank.membership.site), int(os.environ["LOCAL_RANK"]))
         if rank.membership.rank == 0:
             with _opening(rank, config, task, resume) as opening:
                 rank.store.set("summary", json.dumps(_lead(rank, opening, task)))
