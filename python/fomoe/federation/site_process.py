@@ -115,12 +115,12 @@ def _train(order: SiteOrder, channel: Channel) -> None:
 
 
 def _check_corpus(order: SiteOrder) -> None:
-    """Every site reads the text itself; a file may have changed, or be another one here."""
+    """Every site reads the data itself; a file may have changed, or be another one here."""
     found = corpus_sha256(order.task)
     if found != order.corpus_sha256:
         raise UserError(
-            f"site {order.site} read a text with SHA-256 {found} from data.paths, "
-            f"but the coordinator one with {order.corpus_sha256}"
+            f"site {order.site} read data with SHA-256 {found}, "
+            f"but the coordinator data with {order.corpus_sha256}"
         )
 
 
