@@ -168,22 +168,17 @@ class _ParquetDocuments:
 
 
 def _stream(
-    source: SourceFiles, file: int, start: int, builder: str, **options: Any
+    source: SourceFiles, file: int, start: int, kind: str, **options: Any
 ) -> Iterator[dict[str, Any]]:
     """Rows of one file through `datasets`, from `start` on; its errors in a sentence of ours."""
     path = source.files[file]
-    load_dataset = _import_datasets(source)
+    reader = _import_datasets(source)
+    # Not load_dataset: it reports every use over the network.
+    read = reader.from_parquet if kind == "parquet" else reader.from_text
     try:
         # It keeps a lock file where it would cache, which nothing here needs later.
         with tempfile.TemporaryDirectory(prefix="fomoe-", ignore_cleanup_errors=True) as cache:
-            stream = load_dataset(
-                builder,
-                data_files=[glob.escape(str(path.resolve()))],
-                split="train",
-                streaming=True,
-                cache_dir=cache,
-                **options,
-            )
+            stream = read(glob.escape(str(path.resolve())), cache_dir=cache, **options)
         rows = iter(stream.skip(start))
         while (row := next(rows, None)) is not None:
             yield row
@@ -194,13 +189,13 @@ def _stream(
 
 def _import_datasets(source: SourceFiles) -> Any:
     try:
-        from datasets import load_dataset
+        from datasets import IterableDataset
     except ImportError:
         raise UserError(
             f"{source.label}: reading {source.source.path} as {source.format} needs datasets, "
             "which is not installed: pip install 'fomoe[hf]'"
         ) from None
-    return load_dataset
+    return IterableDataset
 
 
 def _piece_begin(block: bytes, index: int) -> int:
