@@ -62,6 +62,12 @@ class NanoTask:
     def batch(self, site: int, step: int) -> Tensor:
         return batch(site, step)
 
+    def data_state(self, site: int) -> dict[str, Any]:
+        return {}  # a batch follows from site and step
+
+    def load_data_state(self, states: Sequence[dict[str, Any]]) -> None:
+        assert all(state == {} for state in states)
+
     def loss(self, model: nn.Module, tokens: Tensor) -> Loss:
         logits = model(tokens[:, :-1]).flatten(0, 1)
         language_model = F.cross_entropy(logits, tokens[:, 1:].flatten())
