@@ -125,6 +125,14 @@ def test_a_load_that_all_sites_share_is_no_matter_of_skipping_however_uneven():
     assert unequal_sites(layer) == Reading(pytest.approx(2 / 40), 0.5, 0, True)
 
 
+def test_a_site_is_compared_with_the_skew_of_the_whole_layer():
+    # Ghost shares 0.1 and 0.5: both sites turn to their own experts, 0.2 on average, site 0 more.
+    layer = two_sites((1800, 1800, 200, 200), EVEN)
+    assert unequal_sites(layer) == Reading(pytest.approx(0.1), pytest.approx(0.3), 0, True)
+    alike = two_sites((1800, 1800, 200, 200), (200, 200, 1800, 1800))
+    assert not unequal_sites(alike).is_bad
+
+
 def test_a_partitioned_router_has_no_ghosts_to_find():
     layer = [site((5, 5, 0, 0), (0, 1), (0, 1)), site((0, 0, 9, 1), (2, 3), (2, 3))]
     assert not skipping(layer).is_bad
