@@ -131,7 +131,7 @@ def test_a_named_model_survives_json_and_keeps_its_own_vocabulary(tmp_path: Path
         ("data.sources=[{}]", "data.sources[0].path: expected a value, got none"),
         (
             'data.sources=[{path="a", weight=0.0}]',
-            "data.sources[0].weight: expected a number > 0, got 0.0",
+            "data.sources[0].weight: expected a number > 0.0, got 0.0",
         ),
         (
             'data.sources=[{path="a"}, {path="b", format="csv"}]',
