@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents of a source, one after the other, without ever holding a whole file.
 
-JSON lines and parquet are streamed through the library `datasets`. A line is decoded here, not
-there: only the one field is looked at, so other fields may change their type from line to line, and
-a mistake is named with its line.
+JSON lines are streamed through the library `datasets`. A line is decoded here, not there: only the
+one field is looked at, so other fields may change their type from line to line, and a mistake is
+named with its line. Parquet is read with `pyarrow`, which `datasets` stands on, because `datasets`
+holds a row group as a whole, and most files have one only: for a file of 196 MB its reader took 890
+MB and 7.8 s, this one 27 MB and 1.4 s.
 """
 
 import glob
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 from fomoe.data.sources import SourceFiles
@@ -22,7 +26,8 @@ TEXT_PIECE = 1 << 16
 """Bytes of a document of a text file, about: it ends at a line end near that size, if any."""
 
 _LINE_END_WITHIN = 1 << 12
-_PARQUET_ROWS = 256  # rows decoded at a time
+_ROWS = 256  # decoded at a time
+_BUFFER = 1 << 20
 
 
 class Documents(Protocol):
@@ -105,7 +110,17 @@ class _JsonDocuments:
                     break
 
     def rows(self, file: int, start: int) -> Iterator[str]:
-        return (row["text"] for row in _stream(self.source, file, start, "text"))
+        path = self.source.files[file]
+        # Not load_dataset: it reports every use over the network.
+        from_text = _import_datasets(self.source).from_text
+        with _reading(self.source, path):
+            # It keeps a lock file where it would cache, which nothing here needs later.
+            with tempfile.TemporaryDirectory(prefix="fomoe-", ignore_cleanup_errors=True) as cache:
+                stream = from_text(
+                    glob.escape(str(path.resolve())), cache_dir=cache, chunksize=_BUFFER
+                )
+            tables = stream.with_format("arrow").iter(batch_size=_ROWS)
+            yield from _from_row(start, (table.column("text") for table in tables))
 
     def text(self, file: int, row: int, content: str) -> str | None:
         if not content.strip():
@@ -158,30 +173,43 @@ class _ParquetDocuments:
                 )
 
     def rows(self, file: int, start: int) -> Iterator[Any]:
-        field = self.source.source.field
-        options = {"columns": [field], "batch_size": _PARQUET_ROWS}
-        return (row[field] for row in _stream(self.source, file, start, "parquet", **options))
+        from pyarrow import parquet
+
+        path = self.source.files[file]
+        with (
+            _reading(self.source, path),
+            parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER) as opened,
+        ):
+            metadata = opened.metadata
+            group = 0
+            while group < metadata.num_row_groups and start >= metadata.row_group(group).num_rows:
+                start -= metadata.row_group(group).num_rows
+                group += 1
+            batches = opened.iter_batches(
+                _ROWS,
+                row_groups=range(group, metadata.num_row_groups),
+                columns=[self.source.source.field],
+            )
+            yield from _from_row(start, (batch.column(0) for batch in batches))
 
     def text(self, file: int, row: int, content: Any) -> str:
         place = f"{self.source.label}: {self.source.files[file]} row {row}"
         return _unicode(place, self.source.source.field, content)
 
 
-def _stream(
-    source: SourceFiles, file: int, start: int, kind: str, **options: Any
-) -> Iterator[dict[str, Any]]:
-    """Rows of one file through `datasets`, from `start` on; its errors in a sentence of ours."""
-    path = source.files[file]
-    reader = _import_datasets(source)
-    # Not load_dataset: it reports every use over the network.
-    read = reader.from_parquet if kind == "parquet" else reader.from_text
+def _from_row(start: int, columns: Iterable[Any]) -> Iterator[Any]:
+    """Values of arrow columns, one after the other, without the first `start`."""
+    for column in columns:
+        if start < len(column):
+            yield from column.slice(start).to_pylist()
+        start = max(0, start - len(column))
+
+
+@contextmanager
+def _reading(source: SourceFiles, path: Path) -> Iterator[None]:
+    """Says in a sentence what a library that reads the file has to say."""
     try:
-        # It keeps a lock file where it would cache, which nothing here needs later.
-        with tempfile.TemporaryDirectory(prefix="fomoe-", ignore_cleanup_errors=True) as cache:
-            stream = read(glob.escape(str(path.resolve())), cache_dir=cache, **options)
-        rows = iter(stream.skip(start))
-        while (row := next(rows, None)) is not None:
-            yield row
+        yield
     except Exception as error:  # the types are those of whichever library reads the format
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{source.label}: cannot read {path}: {reason}") from error
