@@ -130,7 +130,8 @@ def test_the_manifest_says_all_that_a_resume_needs(run):
     manifest = Checkpoint(find_checkpoint(run / "run")).manifest
     assert manifest["completed_rounds"] == 1
     assert manifest["step"] == 2
-    assert manifest["data_cursor"] == [4, 4]
+    seen = {"step": 2, "first_step": 0, "base": 0, "sequences": 8}
+    assert manifest["data_cursor"] == [seen, seen]
     assert manifest["placement"][0][:3] == [[0], [1], [0]]
     assert manifest["config"]["federation"]["overlap"] == 1
     assert manifest["threads_per_site"] == [2, 2]

@@ -81,6 +81,7 @@ def make_summary(
         "commit": "0123456789abcdef0123",
         "corpus_sha256": "9f86d081884c7d659a2feaa0c55ad015",
         "corpus_bytes": 10_736_457,
+        "token": "byte",
         "unigram_entropy": 3.277,
         "bigram_entropy": 2.456,
         "loss": evaluation["loss"],

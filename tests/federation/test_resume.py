@@ -72,7 +72,7 @@ def test_another_text_is_refused_before_anything_is_written(tmp_path):
     text.write_text("another text, " * 10000)
     before = contents(tmp_path / "run")
     longer = tiny(tmp_path, f"data.paths=['{text}']", "federation.rounds=2")
-    with pytest.raises(UserError, match=r"the text of data.paths has SHA-256 \w{64}, but .*\w{64}"):
+    with pytest.raises(UserError, match=r"the data has SHA-256 \w{64}, but .*\w{64}"):
         train(longer, resume=tmp_path / "run")
     assert contents(tmp_path / "run") == before
 

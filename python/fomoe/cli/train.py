@@ -46,8 +46,9 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         return  # of torchrun's ranks, one says it
     folder = run_folder_of(resume) if resume else settings.run.folder
+    bigram = summary["bigram_entropy"]
+    reference = "" if bigram is None else f" (bigram entropy of the text {bigram:.3f})"
     typer.echo(
-        f"Assembled model: loss {summary['loss']:.3f} nats per byte (bigram entropy of the text "
-        f"{summary['bigram_entropy']:.3f}). Results in {folder}; draw them with: "
-        f"fomoe report {folder}"
+        f"Assembled model: loss {summary['loss']:.3f} nats per {summary['token']}{reference}. "
+        f"Results in {folder}; draw them with: fomoe report {folder}"
     )

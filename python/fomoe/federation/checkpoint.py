@@ -82,7 +82,7 @@ class Manifest(BaseModel):
     """What ``manifest.json`` holds, beside the ``format_version``.
 
     ``config`` is by section and key; ``model`` rebuilds the model; ``placement`` gives the holders
-    by layer and expert; ``data_cursor`` the sequences that each site has seen. ``summary`` is what
+    by layer and expert; ``data_cursor`` where each site stands in its data. ``summary`` is what
     summary.json says of the run up to here.
     """
 
@@ -94,7 +94,7 @@ class Manifest(BaseModel):
     step: int
     placement: list[list[list[int]]]
     rng: dict[str, int]
-    data_cursor: list[int]
+    data_cursor: list[dict[str, Any]]
     corpus_sha256: str | None
     totals: Totals
     summary: dict[str, Any]

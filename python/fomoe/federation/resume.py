@@ -51,7 +51,7 @@ def differences(
 
 
 def check_corpus(manifest: Mapping[str, Any], corpus_sha256: str | None, folder: Path) -> None:
-    """Compare the text with the checkpoint's.
+    """Compare the data with the checkpoint's.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def check_corpus(manifest: Mapping[str, Any], corpus_sha256: str | None, folder:
     """
     if manifest["corpus_sha256"] != corpus_sha256:
         raise UserError(
-            f"the text of data.paths has SHA-256 {corpus_sha256}, but the run in {folder} was "
+            f"the data has SHA-256 {corpus_sha256}, but the run in {folder} was "
             f"trained on {manifest['corpus_sha256']}"
         )
 

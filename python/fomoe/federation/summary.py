@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from fomoe._build import source_commit
-from fomoe.data import bigram_entropy, unigram_entropy
 from fomoe.federation.checkpoint import Totals
 from fomoe.federation.config import Config
 from fomoe.federation.health import Finding, RoutingHealth, summarize_routing
@@ -31,8 +30,8 @@ def versions() -> dict[str, str]:
 
 
 def corpus_sha256(task: Task) -> str | None:
-    """SHA-256 (hex) of the text a task trains on; None for a task without one."""
-    return task.corpus.sha256 if isinstance(task, LanguageModelTask) else None
+    """SHA-256 (hex) of the data a task trains on; None for a task without any."""
+    return task.data.sha256 if isinstance(task, LanguageModelTask) else None
 
 
 class RunTotals:
@@ -153,12 +152,13 @@ def _describe_corpus(task: Task) -> dict[str, Any]:
     digest = {"corpus_sha256": corpus_sha256(task)}
     if not isinstance(task, LanguageModelTask):
         return digest
-    text = np.frombuffer(b"".join(domain.data for domain in task.corpus.domains), dtype=np.uint8)
+    facts = task.data.facts()
     return {
         **digest,
-        "corpus_bytes": task.corpus.num_bytes,
-        "unigram_entropy": unigram_entropy(text),
-        "bigram_entropy": bigram_entropy(text),
+        "corpus_bytes": facts.num_bytes,
+        "token": facts.unit,
+        "unigram_entropy": facts.unigram_entropy,
+        "bigram_entropy": facts.bigram_entropy,
     }
 
 

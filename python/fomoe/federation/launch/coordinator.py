@@ -173,7 +173,9 @@ class Coordinator:
         self.ledger.sync()
         final = round_folder(self.folder.path, index + 1)
         threads = [report["threads"] for report in reports]
-        commit(incomplete_folder(self.folder.path), final, self._manifest(index, records, threads))
+        cursors = [report["data_cursor"] for report in reports]
+        manifest = self._manifest(index, records, threads, cursors)
+        commit(incomplete_folder(self.folder.path), final, manifest)
         self.last_checkpoint = str(final)
         self.announce(self.last_checkpoint)
         remove_older(self.folder.path, self.config.run.keep_checkpoints)
@@ -186,7 +188,13 @@ class Coordinator:
         task = self.task
         return placement_of_round(self.config, task.num_layers, task.num_experts, index)
 
-    def _manifest(self, index: int, records: list[FileRecord], threads: list[int]) -> Manifest:
+    def _manifest(
+        self,
+        index: int,
+        records: list[FileRecord],
+        threads: list[int],
+        data_cursors: list[dict[str, Any]],
+    ) -> Manifest:
         steps = (index + 1) * self.config.federation.local_steps
         return Manifest(
             config=self.config.to_dict(),
@@ -196,7 +204,7 @@ class Coordinator:
             placement=[[list(h) for h in layer] for layer in self._placement(index).table],
             # All randomness is drawn from the seed and the position, so these are its whole state.
             rng={"seed": self.config.training.seed},
-            data_cursor=[steps * self.config.training.batch_size] * self.sites,
+            data_cursor=data_cursors,
             corpus_sha256=self.totals.corpus["corpus_sha256"],
             totals=self.totals.state(),
             summary=self.totals.summary(),

@@ -23,7 +23,7 @@ __all__ = ["WatchedTransport", "check_corpus", "run_rounds"]
 
 
 def check_corpus(task: Task, site: int, expected: str | None) -> None:
-    """Every site reads the text itself; a file may have changed, or be another one here.
+    """Every site reads the data itself; a file may have changed, or be another one here.
 
     Raises
     ------
@@ -33,8 +33,7 @@ def check_corpus(task: Task, site: int, expected: str | None) -> None:
     found = corpus_sha256(task)
     if found != expected:
         raise UserError(
-            f"site {site} read a text with SHA-256 {found} from data.paths, "
-            f"but the coordinator one with {expected}"
+            f"site {site} read data with SHA-256 {found}, but the coordinator data with {expected}"
         )
 
 
@@ -52,6 +51,7 @@ def run_rounds(site: Site, channel: Channel, heartbeat: Heartbeat, first_round: 
         if evaluate or checkpoint:
             heartbeat.doing(f"the files of round {index}")
             records = site.write(channel.files, with_state=checkpoint)
+            report["data_cursor"] = site.task.data_state(site.site)
             _count(site, channel, records, evaluated=evaluate)
         heartbeat.waiting(f"the report of round {index}")
         reporter.round(report, records)

@@ -42,6 +42,7 @@ def render(runs: Sequence[Run]) -> str:
     page: str = environment.from_string(template).render(
         rows=[tables.row(run, runs) for run in runs],
         references=tables.references(runs[0]),
+        token=runs[0].summary["token"],
         facts=tables.facts(runs),
         findings=tables.findings(runs),
         warnings=tables.warnings(runs),

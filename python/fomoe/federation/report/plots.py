@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a report, each as inline SVG text. Losses are nats per byte."""
+"""The figures of a report, each as inline SVG text. Losses are nats per token."""
 
 from collections.abc import Sequence
 
@@ -77,7 +77,7 @@ def _loss_by_step(runs: Sequence[Run], window: int) -> Figure:
             )
         _dots(axes, run, [(each.step, each.loss) for each in run.evaluations])
     _baseline(axes, runs)
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per byte)", xlim=(0, None))
+    axes.set(xlabel="optimizer steps", ylabel=_loss_label(runs), xlim=(0, None))
     axes.legend()
     return figure
 
@@ -100,7 +100,7 @@ def _loss_by_bytes(runs: Sequence[Run]) -> Figure:
         axes.set_xscale("log")
         axes.legend()
     format_bytes_axis(axes.xaxis)
-    axes.set(xlabel="bytes sent per site (log scale)", ylabel="loss (nats per byte)")
+    axes.set(xlabel="bytes sent per site (log scale)", ylabel=_loss_label(runs))
     return figure
 
 
@@ -177,7 +177,13 @@ def _dots(axes: Axes, run: Run, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _baseline(axes: Axes, runs: Sequence[Run]) -> None:
-    axes.axhline(runs[0].summary["bigram_entropy"], label="bigram entropy", **BASELINE)
+    bigram_entropy = runs[0].summary["bigram_entropy"]
+    if bigram_entropy is not None:
+        axes.axhline(bigram_entropy, label="bigram entropy", **BASELINE)
+
+
+def _loss_label(runs: Sequence[Run]) -> str:
+    return f"loss (nats per {runs[0].summary['token']})"
 
 
 def _run_ticks(axes: Axes, runs: Sequence[Run]) -> None:

@@ -24,6 +24,7 @@ _SUMMARY_KEYS = (
     "commit",
     "corpus_sha256",
     "corpus_bytes",
+    "token",
     "unigram_entropy",
     "bigram_entropy",
     "loss",
@@ -48,7 +49,7 @@ _METRIC_KEYS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Loss of the assembled model (nats per byte), and where training stood: steps and bytes."""
+    """Loss of the assembled model (nats per token), and where training stood: steps and bytes."""
 
     step: int
     bytes_total: int

@@ -12,6 +12,7 @@ __all__ = ["facts", "findings", "references", "row", "warnings"]
 
 _SHARED_FACTS = {
     "corpus_sha256": "text",
+    "token": "what a token is",
     "seed": "seed",
     "commit": "commit",
     "sites": "number of sites",
@@ -44,6 +45,8 @@ def row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
 
 def references(run: Run) -> list[tuple[str, str]]:
     """(name, loss) of what the text alone allows to a model without context or with one byte."""
+    if run.summary["bigram_entropy"] is None:  # streams are not read to the end for it
+        return []
     return [
         ("bigram entropy of the text", f"{run.summary['bigram_entropy']:.3f}"),
         ("unigram entropy of the text", f"{run.summary['unigram_entropy']:.3f}"),
@@ -80,6 +83,8 @@ def findings(runs: Sequence[Run]) -> list[str]:
                 f"tensor memory per site; its loss is "
                 f"{_change(fomoe.summary['loss'], diloco.summary['loss'], 'lower', 'higher')}."
             )
+    if any(run.summary["bigram_entropy"] is None for run in runs):
+        return sentences
     above = [run.label for run in runs if run.summary["loss"] >= run.summary["bigram_entropy"]]
     if above:
         sentences.append(f"Not below the text's bigram entropy: {', '.join(above)}.")
