@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from in_process import values_of
 from nano_task import NanoTask, nano, settings
 
 from fomoe.federation.exchange import Exchange, Piece
@@ -87,13 +88,17 @@ class Spy:
             self.look(site)  # after loading a checkpoint, too
             begin_round(site)
 
-        def spied_reduce(exchange, contributions, attendance):
+        def spied_reduce(exchange, values, attendance, start=None):
+            contributions = {
+                name: value if start is None else start[name] - value
+                for name, value in values.items()
+            }
             self.look(sites[0], contributions)
-            return reduce(exchange, contributions, attendance)
+            return reduce(exchange, values, attendance, start)
 
         def spied_distribute(exchange, results, attendance):
             result = distribute(exchange, results, attendance)
-            self.look(sites[0], result)
+            self.look(sites[0], values_of(result, exchange.pieces))
             return result
 
         def spied_send(*arguments, **options):

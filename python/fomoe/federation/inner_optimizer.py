@@ -87,13 +87,6 @@ class InnerOptimizer:
         states = {name: self._state_of(name) for name in self.values}
         return {kind: {name: state[kind] for name, state in states.items()} for kind in MOMENTS}
 
-    def set_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Overwrite moments, by kind and tensor name."""
-        for kind, values in moments.items():
-            for name, value in values.items():
-                moment = self._state_of(name)[kind]
-                moment.copy_(value.view(moment.shape))
-
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by ``KIND/NAME``: moments, steps, and ages in the warm-up."""
         saved = {f"{_AGE}/{name}": torch.tensor(age) for name, age in self.age.items()}

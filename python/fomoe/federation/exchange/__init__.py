@@ -4,6 +4,7 @@
 from fomoe.federation.exchange.codec import Codec, codec_for
 from fomoe.federation.exchange.exchange import Attendance, Exchange, weighted_mean
 from fomoe.federation.exchange.pieces import BLOCK, Piece, cut
+from fomoe.federation.exchange.results import Results
 from fomoe.federation.exchange.transport import GroupTransport, Transport
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Exchange",
     "GroupTransport",
     "Piece",
+    "Results",
     "Transport",
     "codec_for",
     "cut",

@@ -10,7 +10,7 @@ bytes, ``2 (holders - 1) b`` for an expert's, and for a row of a full router ``c
 times up and ``M - 1`` times down. No site ever receives a tensor of an expert it does not hold.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,28 +19,30 @@ from torch import Tensor
 from fomoe.federation.exchange.codec import Codec
 from fomoe.federation.exchange.error_feedback import ErrorFeedback
 from fomoe.federation.exchange.pieces import Piece
+from fomoe.federation.exchange.results import Results
 from fomoe.federation.exchange.transport import Transport
 from fomoe.federation.ledger import SiteLedger
-from fomoe.federation.memory import tensor_bytes
+from fomoe.federation.memory import Scratch
 
 __all__ = ["Attendance", "Exchange", "weighted_mean"]
 
 _REJECTED = -1
 
 
-def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_mean(values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum(w_i x_i) / sum(w_i)`` in the given order; a single value is copied.
 
     Products and sums are separate roundings and there is one division, so that the result is the
-    same on every machine. Source: FoMoE Algorithm 1 (mean over holders); weighting by tokens and
-    the order are our choice.
+    same on every machine. One value is needed at a time. Source: FoMoE Algorithm 1 (mean over
+    holders); weighting by tokens and the order are our choice.
     """
-    if len(values) == 1:
-        return values[0].clone()
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + value * weight
-    return total / sum(weights)
+    remaining = iter(values)
+    if len(weights) == 1:
+        return next(remaining).clone()
+    total = next(remaining) * weights[0]
+    for value, weight in zip(remaining, weights[1:], strict=True):
+        total += value * weight
+    return total.div_(sum(weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +79,8 @@ class Exchange:
         self.codec = codec
         self.site = transport.site
         self.owned = [piece for piece in pieces if piece.owner == self.site]
-        self.peak_scratch_bytes = 0
-        self.borrowed: Sequence[Tensor] = ()
-        """The caller's lasting tensors, which contributions may be views of: no scratch."""
+        self.scratch = Scratch()
+        """Counts what an exchange allocates, but for the few temporaries of one piece."""
         self.lost_up = ErrorFeedback()
         self.lost_down = ErrorFeedback()
 
@@ -89,73 +90,69 @@ class Exchange:
         self.ledger.sent("tokens", 8 * (self.transport.sites - 1))
         return Attendance(tuple(None if n == _REJECTED else n for (n,) in everyone))
 
+    def contribution(
+        self, piece: Piece, values: Mapping[str, Tensor], start: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """This site's of a piece, flat: its value, or by how much it is less than at ``start``.
+
+        A view of the value, which is not to be written to, or a new tensor.
+        """
+        value = _part(piece, values)
+        return value if start is None else self.scratch.track(_part(piece, start) - value)
+
     def reduce(
-        self, contributions: Mapping[str, Tensor], attendance: Attendance
+        self,
+        values: Mapping[str, Tensor],
+        attendance: Attendance,
+        start: Mapping[str, Tensor] | None = None,
     ) -> dict[Piece, Tensor]:
-        """Send contributions, by tensor name, to their owners.
+        """Send contributions, made of what the site has by tensor name, to their owners.
 
         Returns the means of the owned pieces, flat; a piece that nobody contributes to is left out.
         """
         to = self._by_site(
             lambda piece: [piece.owner] if self.site in attendance.contributors(piece) else []
         )
-        pieces = [piece for group in to for piece in group]
-        flat = {name: value.reshape(-1) for name, value in contributions.items()}
-        values = [flat[piece.tensor][piece.start : piece.stop] for piece in pieces]
-        encoded = self._encode(pieces, values, self.lost_up)
-        outbox = _joined(chunk for chunks in encoded for chunk in chunks)
         sources = self._by_site(attendance.contributors, self.owned)
-        received: dict[Piece, list[Tensor]] = {}
-        for piece, value in self._travel(outbox, to, sources, keep=contributions.values()):
-            received.setdefault(piece, []).append(value)
-        return {
-            piece: weighted_mean(
-                received[piece], attendance.weights(attendance.contributors(piece))
-            )
-            for piece in self.owned  # in the order in which the results will travel
-            if piece in received
-        }
+        payloads = self._travel(
+            to, sources, lambda piece: self.contribution(piece, values, start), self.lost_up
+        )
+        means = {}
+        for piece in self.owned:  # in the order in which the results will travel
+            sites = attendance.contributors(piece)
+            if sites:
+                contributions = (
+                    self.codec.decode(payloads.pop((site, piece)), piece.num_elements)
+                    for site in sites
+                )
+                mean = weighted_mean(contributions, attendance.weights(sites))
+                means[piece] = self.scratch.track(mean)
+        return means
 
-    def distribute(
-        self, results: Mapping[Piece, Tensor], attendance: Attendance
-    ) -> dict[str, Tensor]:
-        """Send results, by owned piece, to all who hold them.
+    def distribute(self, results: dict[Piece, Tensor], attendance: Attendance) -> Results:
+        """Send results, by owned piece, to all who hold them; empties ``results``.
 
-        Returns flat tensors by name; one that nobody contributed to is left out.
+        What nobody contributed to is not among the results.
         """
         wanted = [piece for piece in self.pieces if attendance.contributors(piece)]
         readers = self._by_site(lambda piece: piece.receivers, list(results))
         owners = self._by_site(lambda piece: [piece.owner], wanted)
-        # Once per piece, however many sites it goes to.
-        chunks = self._encode(list(results), list(results.values()), self.lost_down)
-        encoded = dict(zip(results, chunks, strict=True))
-        outbox = _joined(chunk for group in readers for piece in group for chunk in encoded[piece])
-        received = dict(self._travel(outbox, readers, owners, keep=results.values()))
-        parts: dict[str, list[Tensor]] = {}
-        for piece in wanted:
-            parts.setdefault(piece.tensor, []).append(received[piece])
-        return {
-            name: values[0] if len(values) == 1 else torch.cat(values)
-            for name, values in parts.items()
-        }
+        payloads = self._travel(readers, owners, results.pop, self.lost_down)
+        return Results(self.codec, [(piece, payloads[piece.owner, piece]) for piece in wanted])
 
     def commit(self) -> None:
         """The meeting has succeeded: what the codec lost in it is for the next one to send."""
         self.lost_up.commit()
         self.lost_down.commit()
 
-    def _encode(
-        self, pieces: Sequence[Piece], values: Sequence[Tensor], feedback: ErrorFeedback
-    ) -> list[tuple[Tensor, ...]]:
+    def _encode(self, piece: Piece, value: Tensor, feedback: ErrorFeedback) -> Tensor:
         if not self.codec.is_lossy:
-            return self.codec.encode(values)
-        meant = [feedback.corrected(p.key, x) for p, x in zip(pieces, values, strict=True)]
-        encoded = self.codec.encode(meant)
-        payload = _joined(chunk for chunks in encoded for chunk in chunks)
-        decoded = self.codec.decode(payload, [value.numel() for value in meant])
-        for piece, value, arriving in zip(pieces, meant, decoded, strict=True):
-            feedback.lost(piece.key, value - arriving)
-        return encoded
+            return self.codec.encode(value)
+        meant = feedback.corrected(piece.key, value)
+        payload = self.scratch.track(self.codec.encode(meant))
+        lost = meant - self.codec.decode(payload, piece.num_elements)
+        feedback.lost(piece.key, self.scratch.track(lost))
+        return payload
 
     # ---- who sends what to whom --------------------------------------------------------------
 
@@ -168,31 +165,51 @@ class Exchange:
                 groups[site].append(piece)
         return groups
 
-    def _num_bytes(self, group: Iterable[Piece]) -> int:
-        return sum(self.codec.num_bytes(piece.num_elements) for piece in group)
+    def _sizes(self, groups: Sequence[Iterable[Piece]]) -> list[int]:
+        """Encoded bytes of the pieces for, or of, every site but this one."""
+        sizes = [sum(self.codec.num_bytes(p.num_elements) for p in group) for group in groups]
+        sizes[self.site] = 0
+        return sizes
 
     def _travel(
         self,
-        outbox: Tensor,
         to: Sequence[Sequence[Piece]],
         come: Sequence[Sequence[Piece]],
-        *,
-        keep: Iterable[Tensor],
-    ) -> Iterator[tuple[Piece, Tensor]]:
-        """Send and receive groups of pieces by site; ``keep`` is what else is alive now."""
-        send, receive = [[self._num_bytes(group) for group in groups] for groups in (to, come)]
-        inbox = self.transport.all_to_all(outbox, send, receive)
-        for site, group in enumerate(to):
-            for piece in group:  # what a site sends to itself crosses no link
-                crossing = self.codec.num_bytes(piece.num_elements) if site != self.site else 0
-                self.ledger.sent(piece.traffic_class, crossing)
-        scratch = tensor_bytes([inbox, outbox, *keep], besides=self.borrowed)
-        self.peak_scratch_bytes = max(self.peak_scratch_bytes, scratch)
-        for group, payload in zip(come, torch.split(inbox, receive), strict=True):
-            values = self.codec.decode(payload, [piece.num_elements for piece in group])
-            yield from zip(group, values, strict=True)
+        content: Callable[[Piece], Tensor],
+        feedback: ErrorFeedback,
+    ) -> dict[tuple[int, Piece], Tensor]:
+        """Send and receive groups of pieces by site; returns the payloads by sender and piece.
+
+        Every piece is encoded once, however many sites it goes to, and right into the buffer it
+        leaves in. What a site sends to itself crosses no link.
+        """
+        send, receive = self._sizes(to), self._sizes(come)
+        outbox = self.scratch.track(torch.empty(sum(send), dtype=torch.uint8))
+        slots: dict[Piece, list[Tensor]] = {piece: [] for group in to for piece in group}
+        for site, (group, part) in enumerate(zip(to, torch.split(outbox, send), strict=True)):
+            for piece, slot in self._cut(part, group) if site != self.site else ():
+                slots[piece].append(slot)
+        own = set(to[self.site])
+        payloads: dict[tuple[int, Piece], Tensor] = {}
+        for piece, copies in slots.items():
+            payload = self._encode(piece, content(piece), feedback)
+            self.ledger.sent(piece.traffic_class, len(copies) * payload.numel())
+            for slot in copies:
+                slot.copy_(payload)
+            if piece in own:
+                payloads[self.site, piece] = payload
+        inbox = self.scratch.track(self.transport.all_to_all(outbox, send, receive))
+        for site, (group, part) in enumerate(zip(come, torch.split(inbox, receive), strict=True)):
+            if site != self.site:
+                payloads |= {(site, piece): slot for piece, slot in self._cut(part, group)}
+        return payloads
+
+    def _cut(self, buffer: Tensor, group: Sequence[Piece]) -> Iterable[tuple[Piece, Tensor]]:
+        """The parts of a buffer that pieces take up, one after the other."""
+        sizes = [self.codec.num_bytes(piece.num_elements) for piece in group]
+        return zip(group, torch.split(buffer, sizes), strict=True)
 
 
-def _joined(chunks: Iterable[Tensor]) -> Tensor:
-    parts = list(chunks)
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+def _part(piece: Piece, values: Mapping[str, Tensor]) -> Tensor:
+    """A piece of the tensors, given by name, flat."""
+    return values[piece.tensor].reshape(-1)[piece.start : piece.stop]
