@@ -122,7 +122,7 @@ def meet(
         site = transport.site
         exchange = Exchange(pieces(site), transport, SiteLedger(), codec)
         attendance: Attendance = exchange.attend(tokens[site], rejected=site in rejected)
-        means = exchange.reduce(values(site), attendance)
+        means = exchange.reduce(exchange.pack(values(site)), attendance)
         return values_of(exchange.distribute(means, attendance), exchange.pieces)
 
     return run_sites(len(tokens), work)

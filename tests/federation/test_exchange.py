@@ -155,7 +155,8 @@ def test_the_bytes_are_the_formulas(router_mean, codec_name):
         pieces = pieces_of(site, placement, router_mean=router_mean)
         exchange = Exchange(pieces, transport, ledger, codec)
         attendance = exchange.attend(7)
-        exchange.distribute(exchange.reduce(numbered(site, placement), attendance), attendance)
+        means = exchange.reduce(exchange.pack(numbered(site, placement)), attendance)
+        exchange.distribute(means, attendance)
         return ledger.close_round()
 
     total: dict[str, int] = {}
@@ -184,7 +185,8 @@ def test_error_feedback_sends_later_what_was_lost_and_counts_from_the_commit():
         received = []
         for attempt in range(6):
             attendance = exchange.attend(1)
-            results = exchange.distribute(exchange.reduce(values, attendance), attendance)
+            means = exchange.reduce(exchange.pack(values), attendance)
+            results = exchange.distribute(means, attendance)
             arrived = values_of(results, exchange.pieces)
             if attempt != 1:  # this meeting fails, and must leave nothing behind
                 exchange.commit()

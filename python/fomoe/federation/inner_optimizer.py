@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fomoe.federation.config import OptimizerConfig
-from fomoe.federation.meeting import MOMENTS, is_finite
+from fomoe.federation.exchange import is_finite
+from fomoe.federation.meeting import MOMENTS
 from fomoe.federation.memory import tensor_bytes
 from fomoe.nn import ModelTensor
 
@@ -112,7 +113,7 @@ class InnerOptimizer:
     def forget_what_is_not_finite(self) -> None:
         """Begin anew with the moments that hold a NaN or an infinity."""
         for value in self.values.values():
-            if not is_finite(self._state_tensors(value)):
+            if not all(map(is_finite, self._state_tensors(value))):
                 del self._torch.state[value]
 
     def num_bytes(self) -> int:

@@ -5,11 +5,9 @@ Everything here is in host memory, wherever the site computes. A meeting works o
 and returns what the site's values become; :meth:`Meetings.commit` makes it count.
 """
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fomoe.errors import UserError
@@ -22,6 +20,7 @@ from fomoe.federation.exchange import (
     Transport,
     codec_for,
     cut,
+    is_finite,
 )
 from fomoe.federation.ledger import SiteLedger
 from fomoe.federation.outer_optimizer import Nesterov
@@ -36,7 +35,6 @@ __all__ = [
     "OUTER_MOMENTUM",
     "Meeting",
     "Meetings",
-    "is_finite",
 ]
 
 OUTER_MOMENTUM, LOST_UP, LOST_DOWN = "outer_momentum", "lost_up", "lost_down"
@@ -171,11 +169,10 @@ class Meetings:
         """
         kinds = moments if self.settings.outer == "local_adamw" else {}
         start = self.start if self.settings.sends_differences else None
-        finite = is_finite(
-            self.exchange.contribution(piece, values, start) for piece in self.exchange.pieces
-        ) and all(is_finite(kind.values()) for kind in kinds.values())
+        parcel = self.exchange.pack(values, start)
+        finite = parcel.is_finite and all(is_finite(x) for k in kinds.values() for x in k.values())
         attendance = self._attend(tokens, rejected=failed or not finite)
-        results = self.exchange.reduce(values, attendance, start)
+        results = self.exchange.reduce(parcel, attendance)
         if self.settings.sends_differences:
             for piece in results:
                 results[piece] = self._step(piece, results[piece])
@@ -197,8 +194,10 @@ class Meetings:
         UserError
             No site's gradients are finite.
         """
-        attendance = self._attend(tokens, rejected=not is_finite(gradients.values()))
-        return self._mean(gradients, attendance), attendance
+        parcel = self.exchange.pack(gradients)
+        attendance = self._attend(tokens, rejected=not parcel.is_finite)
+        means = self.exchange.reduce(parcel, attendance)
+        return self.exchange.distribute(means, attendance), attendance
 
     def commit(self) -> None:
         """The site has taken the meeting's results over."""
@@ -217,7 +216,8 @@ class Meetings:
         return attendance
 
     def _mean(self, values: Mapping[str, Tensor], attendance: Attendance) -> Results:
-        return self.exchange.distribute(self.exchange.reduce(values, attendance), attendance)
+        means = self.exchange.reduce(self.exchange.pack(values), attendance)
+        return self.exchange.distribute(means, attendance)
 
     def _step(self, piece: Piece, mean: Tensor) -> Tensor:
         scratch = self.exchange.scratch
@@ -227,9 +227,3 @@ class Meetings:
         step = scratch.track(self.outer.step(piece.key, delta))
         scratch.track(self.outer.next[piece.key])
         return step
-
-
-def is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no element of any of the tensors is NaN or infinite; none may be empty."""
-    # The extremes are NaN if an element is: one pass, and no temporary.
-    return all(math.isfinite(x) for t in tensors for x in map(Tensor.item, torch.aminmax(t)))

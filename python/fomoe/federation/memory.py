@@ -1,15 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much memory tensors and processes use."""
 
+import mmap
 import resource
 import sys
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Scratch", "peak_rss", "tensor_bytes"]
+__all__ = ["Scratch", "host_buffer", "peak_rss", "tensor_bytes"]
+
+_WORTH_HUGE_PAGES = 2**22
+
+
+def host_buffer(num_bytes: int) -> Tensor:
+    """Uninitialised uint8 (num_bytes,) in host memory, from the system and given back to it.
+
+    A large one is made of huge pages where the system has them: mapping fresh memory in small
+    ones takes longer than filling it.
+    """
+    if num_bytes < _WORTH_HUGE_PAGES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Scratch:

@@ -10,6 +10,7 @@ bytes, ``2 (holders - 1) b`` for an expert's, and for a row of a full router ``c
 times up and ``M - 1`` times down. No site ever receives a tensor of an expert it does not hold.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,11 +23,17 @@ from fomoe.federation.exchange.pieces import Piece
 from fomoe.federation.exchange.results import Results
 from fomoe.federation.exchange.transport import Transport
 from fomoe.federation.ledger import SiteLedger
-from fomoe.federation.memory import Scratch
+from fomoe.federation.memory import Scratch, host_buffer
 
-__all__ = ["Attendance", "Exchange", "weighted_mean"]
+__all__ = ["Attendance", "Exchange", "Parcel", "is_finite", "weighted_mean"]
 
 _REJECTED = -1
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or infinite; there must be one."""
+    # The extremes are NaN if an element is: one pass, and no temporary.
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(value))
 
 
 def weighted_mean(values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
@@ -63,6 +70,25 @@ class Attendance:
         return [float(self.tokens[site] or 0) for site in sites]
 
 
+@dataclass(slots=True)
+class Parcel:
+    """What a site sends: ``outbox``, ``send[s]`` bytes of which go to site s, and what ``stays``.
+
+    ``is_finite`` says whether all that is in it was finite before it was encoded.
+    """
+
+    outbox: Tensor
+    send: list[int]
+    stays: dict[Piece, Tensor]
+    bytes_by_class: dict[str, int]
+    is_finite: bool = True
+
+    def empty(self) -> None:
+        """Leave nothing to send, and free the memory."""
+        self.outbox, self.send = torch.empty(0, dtype=torch.uint8), [0] * len(self.send)
+        self.stays, self.bytes_by_class = {}, {}
+
+
 class Exchange:
     """One site's side of the exchange, for the pieces of the tensors it has.
 
@@ -90,33 +116,38 @@ class Exchange:
         self.ledger.sent("tokens", 8 * (self.transport.sites - 1))
         return Attendance(tuple(None if n == _REJECTED else n for (n,) in everyone))
 
-    def contribution(
-        self, piece: Piece, values: Mapping[str, Tensor], start: Mapping[str, Tensor] | None
-    ) -> Tensor:
-        """This site's of a piece, flat: its value, or by how much it is less than at ``start``.
+    def pack(
+        self, values: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None
+    ) -> Parcel:
+        """This site's contributions, encoded: its values by tensor name, which stay as they are.
 
-        A view of the value, which is not to be written to, or a new tensor.
+        With ``start``, by how much the values are less than at the start.
         """
-        value = _part(piece, values)
-        return value if start is None else self.scratch.track(_part(piece, start) - value)
 
-    def reduce(
-        self,
-        values: Mapping[str, Tensor],
-        attendance: Attendance,
-        start: Mapping[str, Tensor] | None = None,
-    ) -> dict[Piece, Tensor]:
-        """Send contributions, made of what the site has by tensor name, to their owners.
+        finite = True
+
+        def content(piece: Piece) -> Tensor:
+            nonlocal finite
+            value = _part(piece, values)
+            if start is not None:
+                value = self.scratch.track(_part(piece, start) - value)
+            finite = finite and is_finite(value)
+            return value
+
+        to = self._by_site(lambda p: [p.owner] if self.site in p.contributors else [])
+        parcel = self._pack(to, content, self.lost_up)
+        parcel.is_finite = finite
+        return parcel
+
+    def reduce(self, parcel: Parcel, attendance: Attendance) -> dict[Piece, Tensor]:
+        """Send what :meth:`pack` gave to the owners, if this site counts, and leave it empty.
 
         Returns the means of the owned pieces, flat; a piece that nobody contributes to is left out.
         """
-        to = self._by_site(
-            lambda piece: [piece.owner] if self.site in attendance.contributors(piece) else []
-        )
-        sources = self._by_site(attendance.contributors, self.owned)
-        payloads = self._travel(
-            to, sources, lambda piece: self.contribution(piece, values, start), self.lost_up
-        )
+        if self.site in attendance.rejected:
+            self.lost_up.forget()
+            parcel.empty()
+        payloads = self._travel(parcel, self._by_site(attendance.contributors, self.owned))
         means = {}
         for piece in self.owned:  # in the order in which the results will travel
             sites = attendance.contributors(piece)
@@ -137,7 +168,7 @@ class Exchange:
         wanted = [piece for piece in self.pieces if attendance.contributors(piece)]
         readers = self._by_site(lambda piece: piece.receivers, list(results))
         owners = self._by_site(lambda piece: [piece.owner], wanted)
-        payloads = self._travel(readers, owners, results.pop, self.lost_down)
+        payloads = self._travel(self._pack(readers, results.pop, self.lost_down), owners)
         return Results(self.codec, [(piece, payloads[piece.owner, piece]) for piece in wanted])
 
     def commit(self) -> None:
@@ -171,37 +202,48 @@ class Exchange:
         sizes[self.site] = 0
         return sizes
 
-    def _travel(
+    def _pack(
         self,
         to: Sequence[Sequence[Piece]],
-        come: Sequence[Sequence[Piece]],
         content: Callable[[Piece], Tensor],
         feedback: ErrorFeedback,
-    ) -> dict[tuple[int, Piece], Tensor]:
-        """Send and receive groups of pieces by site; returns the payloads by sender and piece.
-
-        Every piece is encoded once, however many sites it goes to, and right into the buffer it
-        leaves in. What a site sends to itself crosses no link.
-        """
-        send, receive = self._sizes(to), self._sizes(come)
-        outbox = self.scratch.track(torch.empty(sum(send), dtype=torch.uint8))
+    ) -> Parcel:
+        """Encode groups of pieces by site, each piece once, however many sites it goes to."""
+        send = self._sizes(to)
+        outbox = self.scratch.track(host_buffer(sum(send)))
         slots: dict[Piece, list[Tensor]] = {piece: [] for group in to for piece in group}
         for site, (group, part) in enumerate(zip(to, torch.split(outbox, send), strict=True)):
             for piece, slot in self._cut(part, group) if site != self.site else ():
                 slots[piece].append(slot)
+        parcel = Parcel(outbox, send, {}, {})
         own = set(to[self.site])
-        payloads: dict[tuple[int, Piece], Tensor] = {}
         for piece, copies in slots.items():
             payload = self._encode(piece, content(piece), feedback)
-            self.ledger.sent(piece.traffic_class, len(copies) * payload.numel())
             for slot in copies:
                 slot.copy_(payload)
             if piece in own:
-                payloads[self.site, piece] = payload
-        inbox = self.scratch.track(self.transport.all_to_all(outbox, send, receive))
+                parcel.stays[piece] = payload
+            crossing = parcel.bytes_by_class.get(piece.traffic_class, 0)
+            crossing += len(copies) * payload.numel()
+            parcel.bytes_by_class[piece.traffic_class] = crossing
+        return parcel
+
+    def _travel(
+        self, parcel: Parcel, come: Sequence[Sequence[Piece]]
+    ) -> dict[tuple[int, Piece], Tensor]:
+        """Send, and receive groups of pieces by site; returns payloads by sender and piece.
+
+        Leaves the parcel empty.
+        """
+        receive = self._sizes(come)
+        inbox = self.scratch.track(self.transport.all_to_all(parcel.outbox, parcel.send, receive))
+        for traffic_class, num_bytes in parcel.bytes_by_class.items():
+            self.ledger.sent(traffic_class, num_bytes)
+        payloads = {(self.site, piece): payload for piece, payload in parcel.stays.items()}
         for site, (group, part) in enumerate(zip(come, torch.split(inbox, receive), strict=True)):
             if site != self.site:
                 payloads |= {(site, piece): slot for piece, slot in self._cut(part, group)}
+        parcel.empty()
         return payloads
 
     def _cut(self, buffer: Tensor, group: Sequence[Piece]) -> Iterable[tuple[Piece, Tensor]]:

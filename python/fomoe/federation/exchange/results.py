@@ -42,7 +42,11 @@ class Results:
         flat = target.view(-1)
         for piece, payload in self._payloads[name]:
             value = self.codec.decode(payload, piece.num_elements)
-            if minuend is not None:
-                value = minuend.view(-1)[piece.start : piece.stop] - value
+            part = slice(piece.start, piece.stop)
             with torch.no_grad():
-                flat[piece.start : piece.stop].copy_(value)
+                if minuend is None:
+                    flat[part].copy_(value)
+                elif flat.device == value.device:
+                    torch.sub(minuend.view(-1)[part], value, out=flat[part])
+                else:
+                    flat[part].copy_(minuend.view(-1)[part] - value)
