@@ -3,7 +3,7 @@
 
 All contenders run in the same four processes, in turns: the all-reduce of the full model alone;
 DiLoCo made of it, in a few lines of torch; and the whole end of a round of the trainer's diloco and
-fomoe (differences, check, both ways, means, outer step, new parameters). Of the trainer, `travel` is
+fomoe (differences, check, both ways, means, outer step, new parameters). `travel` of the trainer is
 the time in collectives at the site that waited least for others. Ratios are taken within a
 repetition; `over_payload` divides them by the ratio of the bytes sent: at most 1.2 is the target.
 """
