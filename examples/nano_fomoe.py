@@ -5,72 +5,67 @@ M sites, each with its own data and only a slow link to the others, train ONE mo
   ddp     every site holds the whole model; gradients are averaged at every step.
   diloco  every site trains the whole model alone for local_steps steps (a round); then an outer
           optimizer takes one step with the mean of the sites' displacements.
-  fomoe   as diloco, but an expert lives on only `overlap` sites. Where a token picks one that is
-          not resident (a "ghost"), that path is skipped: no token ever leaves its site.
+  fomoe   as diloco, but an expert lives on only `overlap` sites, and may move between rounds. A
+          full router scores all experts; where a token picks one that is not resident (a "ghost"),
+          that path is skipped: no token ever leaves its site. A partitioned one scores residents.
+A codec sends displacements and steps in few bits; what it loses is added to the next round's.
 All sites live in this process and a message is a copy: only the arithmetic is left, which the real
-trainer must equal bit for bit. Source: FoMoE, arXiv 2606.19025v2, algorithm 1.
+trainer must equal bit for bit. Source: FoMoE, arXiv 2606.19025v2, algorithm 1, and our choices.
 Shapes: B batch, S sequence, T = B*S tokens, V = 256 bytes, D model width, F expert width, E experts
-(E_router: those that the router scores), K experts per token. Run: python examples/nano_fomoe.py -h
+(E_router: those that the router scores), K experts per token. Run: python examples/nano_fomoe.py
 """
 
-import argparse
 import hashlib
 import math
-from collections import namedtuple
+import random
+import re
+from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Parameters and outer momenta by tensor name; (model, inner optimizer) per site; means per round.
-Result = namedtuple("Result", "parameters momenta sites losses ghost_share bytes_per_site")
-
-
-@dataclass(kw_only=True, frozen=True)
-class Config:
-    strategy: str = "fomoe"  # ddp, diloco or fomoe
-    outer: str = "nesterov"  # nesterov, average or local_adamw (averages Adam's moments as well)
-    inner: str = "adamw"  # adamw or sgd
-    router: str = "full"  # full, or partitioned: a site has and scores its residents' rows only
-    sites: int = 4  # M
-    overlap: int = 2  # sites per expert; only fomoe reads it
-    rounds: int = 6
-    local_steps: int = 16
-    lr: float = 1e-2
-    warmup: int = 16  # steps, linear; then a cosine from 1 down to min_ratio
-    min_ratio: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of one site's gradient; math.inf for none
-    outer_lr: float = 0.7
-    outer_momentum: float = 0.9
-    seed: int = 0
-    dtype: torch.dtype = torch.float32
-    dim: int = 64
-    num_layers: int = 2
-    num_heads: int = 4
-    num_experts: int = 8
-    expert_dim: int = 128
-    top_k: int = 2
-    balance_loss_coefficient: float = 1e-2
-    z_loss_coefficient: float = 1e-3
+SETTINGS = dict(
+    strategy="fomoe",  # ddp, diloco or fomoe
+    outer="nesterov",  # nesterov, average or local_adamw (averages Adam's moments as well)
+    codec="fp32",  # fp32 (as it is), bf16, int8 or int4
+    inner="adamw",  # adamw or sgd
+    router="full",  # full, or partitioned: a site has and scores its residents' rows only
+    router_mean="all",  # of a full router's row: over all, over holders, or rescaled (M / holders)
+    scale_expert_steps=False,  # an expert's mean displacement * sqrt(holders / M)
+    sites=4,  # M
+    overlap=2,  # sites per expert; only fomoe reads this and the next four
+    placement="fixed",  # or random: drawn anew every shuffle_every rounds
+    shuffle_every=1, full_replica_rounds=0,  # rounds at first with every expert on every site
+    moved_warmup_steps=0,  # linear, of the learning rate of an expert that has come to a site
+    rounds=6, local_steps=16, seed=0, dtype=torch.float32,
+    lr=1e-2, warmup=16, min_ratio=0.1,  # warmup steps, linear; then a cosine from 1 to min_ratio
+    betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
+    clip=1.0,  # largest norm of one site's gradient; math.inf for none
+    outer_lr=0.7, outer_momentum=0.9,
+    dim=64, num_layers=2, num_heads=4, num_experts=8, expert_dim=128, top_k=2,
+    balance_loss_coefficient=1e-2, z_loss_coefficient=1e-3,
+)  # fmt: skip
+FIELDS, HERE = [(k, type(v), v) for k, v in SETTINGS.items()], {"__module__": __name__}
+Config = make_dataclass("Config", FIELDS, frozen=True, kw_only=True, namespace=HERE)
+Site = namedtuple("Site", "model tensors state")  # both by name: views, and AdamW's state and more
+Result = namedtuple("Result", "parameters momenta sites losses ghost_share bytes_per_site rejected")
 
 
 class MoE(nn.Module):
     def __init__(self, c: Config, resident: tuple[int, ...]) -> None:
         super().__init__()
-        scored = {"full": tuple(range(c.num_experts)), "partitioned": resident}[c.router]
+        scored = tuple(range(c.num_experts)) if c.router == "full" else resident
         self.config, self.columns = c, [scored.index(expert) for expert in resident]
         self.router, self.experts = nn.Linear(c.dim, len(scored), bias=False), nn.Module()
         self.experts.w1 = nn.Parameter(torch.empty(len(resident), c.expert_dim, c.dim))
         self.experts.w2 = nn.Parameter(torch.empty(len(resident), c.dim, c.expert_dim))
-        self.experts.expert_ids = resident  # says: row i of my parameters belongs to expert_ids[i]
-        if c.router == "partitioned":
-            self.router.expert_ids = resident  # then a router row lives and travels with its expert
+        # Says: row i of a parameter belongs to expert_ids[i] and lives where that expert does,
+        self.experts.expert_ids, self.router.expert_ids = resident, scored
+        self.router.on_every_site = c.router == "full"  # or everywhere.
 
     def forward(self, x_BSD: Tensor) -> Tensor:  # (B, S, D) -> (B, S, D)
         c, x = self.config, x_BSD.flatten(0, 1)  # (T, D)
@@ -153,84 +148,169 @@ def assemble(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def residents(c: Config, site: int) -> tuple[tuple[int, ...], ...]:
-    """A site's experts per layer. Our choice: e of layer i is on sites (e*o + i + j) % M, j < o."""
-    o = {"ddp": c.sites, "diloco": c.sites, "fomoe": c.overlap}[c.strategy]
+def placement(c: Config, t: int) -> dict[tuple[int, int], tuple[int, ...]]:
+    """(layer, expert) -> the sites, ascending, that hold it in round t. All hold equally many."""
+    everywhere = c.strategy != "fomoe" or t < c.full_replica_rounds
+    o, draw = c.sites if everywhere else c.overlap, (t - c.full_replica_rounds) // c.shuffle_every
     if not 1 <= o <= c.sites or c.num_experts * o % c.sites:
         raise ValueError(f"overlap {o}: need 1..sites, and num_experts * overlap % sites == 0")
-    experts, layers = range(c.num_experts), range(c.num_layers)
-    return tuple(tuple(e for e in experts if (site - e * o - i) % c.sites < o) for i in layers)
+    table = {(i, e): () for i in range(c.num_layers) for e in range(c.num_experts)}
+    for i in range(c.num_layers):
+        rng, load = random.Random(f"{c.seed}:placement:{draw}:{i}"), Counter()
+        for e in sorted(range(c.num_experts), key=lambda _: rng.random()):
+            order = [(e * o + i + j) % c.sites for j in range(c.sites)]
+            if c.placement == "random":  # to those that hold fewest so far
+                order = sorted(range(c.sites), key=lambda _: rng.random())
+                order.sort(key=load.__getitem__)
+            load.update(order[:o])
+            table[i, e] = tuple(sorted(order[:o]))
+    return table
 
 
-def exchange(views: list[dict[str, Tensor]], tokens: list[float]) -> dict[str, Tensor]:
-    """Set a tensor to its mean over the sites that hold it, in order, by tokens (our choice)."""
-    means = {}
-    for name in dict.fromkeys(name for view in views for name in view):
-        held = [(view[name], n) for view, n in zip(views, tokens, strict=True) if name in view]
-        first, *rest = [x * n for x, n in held]
-        means[name] = sum(rest, first) / sum(n for _, n in held) if rest else held[0][0].clone()
-        for x, _ in held:
-            x.copy_(means[name])
+def residents(c: Config, site: int, t: int = 0) -> tuple[tuple[int, ...], ...]:
+    """A site's experts per layer in round t, ascending."""
+    table, experts = placement(c, t), range(c.num_experts)
+    return tuple(tuple(e for e in experts if site in table[i, e]) for i in range(c.num_layers))
+
+
+def encode_decode(x: Tensor, codec: str) -> tuple[Tensor, int]:
+    """What arrives of x, and the bytes on the way. Integers: 128 elements share a scale."""
+    if codec in ("fp32", "bf16"):
+        return (x, x.nbytes) if codec == "fp32" else (x.bfloat16().float(), 2 * x.numel())
+    largest, block_bytes = {"int8": (127, 4 + 128), "int4": (7, 4 + 64)}[codec]
+    blocks = F.pad(x.flatten(), (0, -x.numel() % 128)).view(-1, 128)
+    scale = blocks.abs().amax(dim=1, keepdim=True) / largest
+    y = ((blocks / scale).round().clamp(-largest, largest) * scale).where(scale != 0, 0.0)
+    return y.flatten()[: x.numel()].view_as(x), len(blocks) * block_bytes
+
+
+def exchange(offers: list[dict], tokens: list[float], failed: set[int]) -> dict[str, Tensor]:
+    """Mean of each tensor over the sites that offer it, in order, by tokens (our choice)."""
+    failed |= {s for s, x in enumerate(offers) if not all(y.isfinite().all() for y in x.values())}
+    if len(failed) == len(offers):
+        raise ValueError("no site is left whose values are finite")
+    means, live = {}, [(x, n) for s, (x, n) in enumerate(zip(offers, tokens, strict=True)) if s not in failed]
+    for name in dict.fromkeys(name for offer, _ in live for name in offer):
+        (x, n), *rest = [(offer[name], n) for offer, n in live if name in offer]
+        total = sum((y * m for y, m in rest), x * n) / (n + sum(m for _, m in rest))
+        means[name] = total if rest else x.clone()
     return means
 
 
 def train(c: Config, batches: Callable, model_factory: Callable = Model) -> Result:
     """batches(site, step) -> (B, S + 1) int64; model_factory(config, resident): as Model."""
-    models = [model_factory(c, residents(c, site)).to(c.dtype) for site in range(c.sites)]
-    now = [dict(tensors(initialize(model, c.seed))) for model in models]  # views into the models
-    parameters = {name: tensor for view in now for name, tensor in view.items()}
-    start = {name: tensor.clone() for name, tensor in parameters.items()}  # of the round
-    adamw = {"betas": c.betas, "eps": c.eps}
-    make, settings = {"adamw": (torch.optim.AdamW, adamw), "sgd": (torch.optim.SGD, {})}[c.inner]
-    settings |= {"lr": c.lr, "weight_decay": c.weight_decay, "foreach": False, "fused": False}
-    sites = [(model, make(model.parameters(), **settings)) for model in models]
-    moments = {"nesterov": (), "average": (), "local_adamw": ("exp_avg", "exp_avg_sq")}[c.outer]
-    momenta, history, steps = {}, [], c.rounds * c.local_steps
-    for step in range(steps):
-        if c.strategy == "ddp" or step % c.local_steps == 0:
-            tokens = [0.0] * c.sites  # since the last exchange
-        for site, (model, optimizer) in enumerate(sites):
-            optimizer.zero_grad()
-            batch = batches(site, step)
-            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
-            moes = [layer.moe for layer in model.layers]
-            (loss + sum(moe.auxiliary_loss for moe in moes)).backward()
-            tokens[site] += batch[:, 1:].numel()
-            history.append((loss.item(), sum(moe.ghost_share for moe in moes) / len(moes)))
-        if c.strategy == "ddp":
-            exchange([dict(tensors(model, lambda p: p.grad)) for model in models], tokens)
-        progress = (step - c.warmup) / max(1, steps - c.warmup)
-        decay = c.min_ratio + (1 - c.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
-        for model, optimizer in sites:
-            nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-            factor = (step + 1) / c.warmup if step < c.warmup else decay
-            optimizer.param_groups[0]["lr"] = c.lr * factor
-            optimizer.step()
-        if c.strategy == "ddp" or (step + 1) % c.local_steps:
-            continue
-        if c.outer == "nesterov":
-            moved = [{name: start[name] - tensor for name, tensor in view.items()} for view in now]
-            for name, delta in exchange(moved, tokens).items():
-                momenta[name] = momenta.get(name, 0.0) * c.outer_momentum + delta
-                start[name] = start[name] - (delta + momenta[name] * c.outer_momentum) * c.outer_lr
-            for model in models:
-                assemble(model, start)
-        else:
-            exchange(now, tokens)
-        for key in moments:
-            adam = [dict(tensors(m, lambda p, o=o, key=key: o.state[p][key])) for m, o in sites]
-            exchange(adam, tokens)
-    once = [2 * (sum(n in view for view in now) - 1) * t.nbytes for n, t in parameters.items()]
-    times = c.local_steps if c.strategy == "ddp" else 1 + len(moments)
-    averages = torch.tensor(history, dtype=torch.float64).view(c.rounds, -1, 2).mean(dim=1).T
-    return Result(parameters, momenta, sites, *averages.tolist(), times * sum(once) / c.sites)
+    values = dict(tensors(initialize(model_factory(c, None).to(c.dtype), c.seed)))
+    place = {n: tuple(map(int, re.findall(r"\d+", n)))[:2] for n in values}  # (layer, expert), or 1
+    adamw, kinds = {"betas": c.betas, "eps": c.eps}, ("exp_avg", "exp_avg_sq")
+    make, options = {"adamw": (torch.optim.AdamW, adamw), "sgd": (torch.optim.SGD, {})}[c.inner]
+    options |= {"weight_decay": c.weight_decay, "foreach": False, "fused": False}
+    averages = c.outer != "nesterov" and c.codec == "fp32"  # the values, not how they moved
+    sites, owner, momenta, lost = [Site(None, {}, {})] * c.sites, {}, {}, {}
+    history, steps = [], c.rounds * c.local_steps
+    for t in range(c.rounds):
+        # 1. Placement: what a site did not hold is fetched; momentum, but not AdamW's state, moves.
+        table, old, owner, traffic = placement(c, t), owner, {}, 0
+        for expert, holders in table.items():  # the holder that owns fewest so far
+            owner[expert] = min(holders, key=[*owner.values()].count)
+        for s, (_, _, kept) in enumerate(sites):
+            model = assemble(model_factory(c, residents(c, s, t)).to(c.dtype), values)
+            sites[s] = Site(model, dict(tensors(model)), {})
+            for n, x in sites[s].tensors.items():
+                new = {k: torch.zeros_like(x) for k in (*kinds, "lost")}
+                new |= {"step": torch.zeros(()), "age": 0 if t else math.inf}
+                sites[s].state[n] = kept.get(n, new)
+                traffic += x.nbytes * (t > 0 and n not in kept)
+        for n, x in values.items():
+            if old.get(place[n]) != owner.get(place[n]):
+                lost.pop(n, None)
+                traffic += x.nbytes * (n in momenta)
+        holders = {n: table.get(place[n], range(c.sites)) for n in values}
+        # 2. Local steps.
+        seen, rejected, failed, tokens = [], set(), set(), [0.0] * c.sites
+        for step in range(t * c.local_steps, (t + 1) * c.local_steps):
+            for s, (model, _, _) in enumerate(sites):
+                if s not in failed:
+                    model.zero_grad()
+                    batch = batches(s, step)
+                    logits, labels = model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
+                    loss, moes = F.cross_entropy(logits, labels), [x.moe for x in model.layers]
+                    (loss + sum(moe.auxiliary_loss for moe in moes)).backward()
+                    tokens[s] += labels.numel()
+                    seen.append((loss.item(), sum(moe.ghost_share for moe in moes) / len(moes)))
+                    failed |= set() if loss.isfinite() else {s}
+            if c.strategy == "ddp":
+                gradients = [dict(tensors(model, lambda p: p.grad)) for model, _, _ in sites]
+                means = exchange(gradients, tokens, failed)
+                for n, x in ((n, x) for view in gradients for n, x in view.items()):
+                    x.copy_(means[n])
+                rejected, failed, tokens = rejected | failed, set(), [0.0] * c.sites
+            progress = (step - c.warmup) / max(1, steps - c.warmup)
+            decay = c.min_ratio + (1 - c.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+            lr = c.lr * ((step + 1) / c.warmup if step < c.warmup else decay)
+            for s, (model, views, state) in enumerate(sites):
+                if s not in failed:
+                    nn.utils.clip_grad_norm_(model.parameters(), c.clip)
+                    groups = []
+                    for n, gradient in tensors(model, lambda p: p.grad):
+                        views[n].grad, state[n]["age"] = gradient, state[n]["age"] + 1
+                        warm = min(1, state[n]["age"] / max(1, c.moved_warmup_steps))
+                        groups.append({"params": [views[n]], "lr": lr * warm})
+                    optimizer = make(groups, **options)
+                    optimizer.state.update((views[n], state[n]) for n in views)
+                    optimizer.step()
+        # 3. The meeting: mean, outer step, and everybody receives the result.
+        views = [dict(x.tensors) for x in sites]
+        for site, view in zip(sites, views, strict=True):
+            for k in kinds if c.outer == "local_adamw" else ():
+                view |= {f"{k}/{n}": state[k] for n, state in site.state.items()}
+        givers = holders if c.router_mean == "holders" else {}
+        size = {n: encode_decode(x, c.codec)[1] for view in views for n, x in view.items()}
+        if c.strategy != "ddp":
+            meant, sent = [], []
+            for s, view in enumerate(views):
+                meant.append({})
+                for n, x in view.items():
+                    if s in givers.get(n.rpartition("/")[2], range(c.sites)):
+                        moved = x if averages else values[n] - x + sites[s].state[n]["lost"]
+                        meant[s][n] = moved
+                sent.append({n: encode_decode(x, c.codec)[0] for n, x in meant[s].items()})
+            results = exchange(sent, tokens, failed)
+            for s in set(range(c.sites)) - failed:
+                for n in sent[s] if not averages else ():
+                    sites[s].state[n]["lost"] = meant[s][n] - sent[s][n]
+            for n, delta in () if averages else results.items():
+                here = sum(n in view for view in views)
+                if here > len(holders[n]):  # a row of the full router
+                    factor = c.sites / len(holders[n]) if c.router_mean == "rescaled" else 1
+                else:
+                    factor = math.sqrt(len(holders[n]) / c.sites) if c.scale_expert_steps else 1
+                step = delta * factor
+                if c.outer == "nesterov":
+                    momenta[n] = momenta.get(n, 0.0) * c.outer_momentum + step
+                    step = (step + momenta[n] * c.outer_momentum) * c.outer_lr
+                step = step + lost.get(n, 0.0)
+                arrived = encode_decode(step, c.codec)[0]
+                lost[n], results[n] = step - arrived, values[n] - arrived
+            for s in failed:
+                for n, state in sites[s].state.items():
+                    if not all(state[k].isfinite().all() for k in kinds):
+                        for k in ("step", *kinds):
+                            state[k].zero_()
+            for view in views:
+                for n, x in view.items():
+                    x.copy_(results.get(n, values.get(n, x)))
+        meetings = c.local_steps if c.strategy == "ddp" else 1
+        counts = Counter(n for view in views for n in view)
+        for n, k in counts.items():
+            traffic += meetings * (k + len(givers.get(n.rpartition("/")[2], range(k))) - 2) * size[n]
+        values = {n: x for site in sites for n, x in site.tensors.items()}
+        means = torch.tensor(seen, dtype=torch.float64)
+        means = means[means[:, 0].isfinite()].mean(dim=0).tolist()
+        history.append((*means, traffic / c.sites, tuple(sorted(rejected | failed))))
+    return Result(values, momenta, sites, *map(list, zip(*history, strict=True)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    for flag in ("outer", "router", "sites", "overlap", "rounds", "local_steps", "seed"):
-        parser.add_argument(f"--{flag}", type=Config.__annotations__[flag])
-    flags = vars(parser.parse_args())
+def main(**settings) -> None:
     windows = torch.tensor(list("".join(topics.values()).encode())).unfold(0, 65, 64)  # (N, S + 1)
     held_out, seen = windows[::60], windows[torch.arange(len(windows)) % 60 > 0]
 
@@ -239,11 +319,12 @@ def main() -> None:
         return seen[torch.randint(len(seen), (8,), generator=generator)]
 
     print("strategy   assembled loss   bytes per site and round   ghost share")
-    for c in (Config(strategy=name, **flags) for name in ("ddp", "diloco", "fomoe")):
+    for c in (Config(strategy=name, **settings) for name in ("ddp", "diloco", "fomoe")):
         run = train(c, batches)
         logits = assemble(Model(c), run.parameters)(held_out[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten()).item()
-        print(f"{c.strategy:8}{loss:17.4f}{run.bytes_per_site:27,.0f}{run.ghost_share[-1]:14.1%}")
+        sent, ghosts = run.bytes_per_site[-1], run.ghost_share[-1]
+        print(f"{c.strategy:8}{loss:17.4f}{sent:27,.0f}{ghosts:14.1%}")
 
 
 if __name__ == "__main__":

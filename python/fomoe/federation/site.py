@@ -89,6 +89,7 @@ class Site:
         if checkpoint is not None:
             self.round = checkpoint.manifest["completed_rounds"]
             self.step = checkpoint.manifest["step"]
+            task.load_data_state(checkpoint.manifest["data_cursor"])
             # What moves at the beginning of the next round moves there, unless the settings have
             # changed and nothing of the old placement is of use.
             unchanged = checkpoint.placement == self._placement_of(self.round - 1)
