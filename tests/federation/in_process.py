@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fomoe.federation.exchange import Attendance, Exchange, Piece
+from fomoe.federation.exchange import Attendance, Exchange, Piece, Results
 from fomoe.federation.ledger import SiteLedger
 from fomoe.federation.site import Site
 
@@ -100,6 +100,15 @@ def train_in_threads(config: Any, task: Any) -> list[Site]:
     return run_sites(config.federation.sites, work)
 
 
+def values_of(results: Results, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    """The results by tensor name, flat."""
+    ends = {piece.tensor: piece.stop for piece in pieces}
+    values = {name: torch.empty(ends[name]) for name in results}
+    for name, value in values.items():
+        results.write(name, value)
+    return values
+
+
 def meet(
     pieces: Callable[[int], Sequence[Piece]],
     values: Callable[[int], dict[str, Tensor]],
@@ -113,6 +122,7 @@ def meet(
         site = transport.site
         exchange = Exchange(pieces(site), transport, SiteLedger(), codec)
         attendance: Attendance = exchange.attend(tokens[site], rejected=site in rejected)
-        return exchange.distribute(exchange.reduce(values(site), attendance), attendance)
+        means = exchange.reduce(exchange.pack(values(site)), attendance)
+        return values_of(exchange.distribute(means, attendance), exchange.pieces)
 
     return run_sites(len(tokens), work)

@@ -15,10 +15,12 @@ LOSSY = ("bf16", "int8", "int4")
 def through(name, *values):
     """What arrives, and how many bytes travelled."""
     codec = codec_for(name, torch.float32)
-    payload = torch.cat([chunk for chunks in codec.encode(values) for chunk in chunks])
-    assert payload.dtype == torch.uint8
-    assert payload.numel() == sum(codec.num_bytes(value.numel()) for value in values)
-    return codec.decode(payload, [value.numel() for value in values]), payload.numel()
+    payloads = [codec.encode(value) for value in values]
+    for payload, value in zip(payloads, values, strict=True):
+        assert payload.dtype == torch.uint8
+        assert payload.shape == (codec.num_bytes(value.numel()),)
+    decoded = [codec.decode(p, v.numel()) for p, v in zip(payloads, values, strict=True)]
+    return decoded, sum(payload.numel() for payload in payloads)
 
 
 def test_four_bits_are_sevenths_of_the_largest():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from in_process import ThreadTransport, meet, run_sites
+from in_process import ThreadTransport, meet, run_sites, values_of
 
 from fomoe.federation.exchange import BLOCK, Exchange, Piece, codec_for, cut
 from fomoe.federation.ledger import SiteLedger, expected_moved_bytes, expected_round_bytes
@@ -155,7 +155,8 @@ def test_the_bytes_are_the_formulas(router_mean, codec_name):
         pieces = pieces_of(site, placement, router_mean=router_mean)
         exchange = Exchange(pieces, transport, ledger, codec)
         attendance = exchange.attend(7)
-        exchange.distribute(exchange.reduce(numbered(site, placement), attendance), attendance)
+        means = exchange.reduce(exchange.pack(numbered(site, placement)), attendance)
+        exchange.distribute(means, attendance)
         return ledger.close_round()
 
     total: dict[str, int] = {}
@@ -184,10 +185,12 @@ def test_error_feedback_sends_later_what_was_lost_and_counts_from_the_commit():
         received = []
         for attempt in range(6):
             attendance = exchange.attend(1)
-            results = exchange.distribute(exchange.reduce(values, attendance), attendance)
+            means = exchange.reduce(exchange.pack(values), attendance)
+            results = exchange.distribute(means, attendance)
+            arrived = values_of(results, exchange.pieces)
             if attempt != 1:  # this meeting fails, and must leave nothing behind
                 exchange.commit()
-                received.append(results["experts.3.w1"])
+                received.append(arrived["experts.3.w1"])
         return values["experts.3.w1"], received
 
     (first, received), (second, _) = run_sites(2, work)
