@@ -154,7 +154,9 @@ def test_a_file_is_not_held_as_a_whole(tmp_path: Path, format: str):
         write_jsonl(file, ["many words " * 1000] * 3000)
     else:
         words = [f"{i} " * 2000 for i in range(3000)]
-        parquet.write_table(pyarrow.table({"text": words}), file, use_dictionary=False)
+        table = pyarrow.table({"text": words})
+        parquet.write_table(table, file, use_dictionary=False, compression="none")
+        del table
     documents = opened(file)
     tracemalloc.start()
     rows = documents.rows(0, 0)
