@@ -283,7 +283,7 @@ def train(c: Config, batches: Callable, model_factory: Callable = Model) -> Resu
         if c.strategy != "ddp":
             views = [dict(x) for _, x in sites]
             for s, n in state if c.outer == "local_adamw" else ():
-                if n in views[s]: 
+                if n in views[s]:
                     views[s] |= {f"{k}/{n}": state[s, n][k] for k in kinds}
             traffic += meet(c, views, values, table, tokens, failed, momenta, lost)
             for s, n in state:
@@ -302,7 +302,9 @@ if __name__ == "__main__":
     print("strategy   assembled loss   bytes per site and round   ghost share")
     for name in ("ddp", "diloco", "fomoe"):
         c = Config(strategy=name)
-        run = train(c, lambda s, step: seen[random.Random(f"{s} {step}").sample(range(len(seen)), 8)])
+        run = train(
+            c, lambda s, step: seen[random.Random(f"{s} {step}").sample(range(len(seen)), 8)]
+        )
         logits = assemble(Model(c), run.parameters)(held_out[:, :-1]).flatten(0, 1)
         loss, ghosts = F.cross_entropy(logits, held_out[:, 1:].flatten()), run.ghost_share[-1]
         print(f"{name:8}{loss:17.4f}{run.bytes_per_site[-1]:27,.0f}{ghosts:14.1%}")
