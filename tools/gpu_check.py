@@ -4,9 +4,10 @@
     python tools/gpu_check.py [--minutes 8] [--only STEP]... [--output FOLDER] [--dry-run]
 
 Builds for this machine, then probes what the emulation of the kernels assumes about the hardware,
-then tests, looks for wrong accesses and races, and measures; results come in that order, so that
+then tests, measures, and looks for wrong accesses and races; results come in that order, so that
 little time shows first whether the kernels are right. Needs nvcc, a CUDA build of torch and, in the
-same environment, scikit-build-core, pybind11, cmake, ninja and pytest; no network.
+same environment, pybind11, cmake, ninja and pytest; no network. The package is installed by pip, or
+by CMake alone where pip cannot (no scikit-build-core, or an old one).
 
 The results are in build/gpu-check: results.json, a log per step, the measurements as JSON lines.
 With --output, or the environment variable OUT, they are also gathered there in four files.
@@ -14,13 +15,15 @@ Exit status 1 if a step failed or was stopped at its limit.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,37 +42,54 @@ BENCHES = {
     "grouped_gemm": "--shape qwen3-30b --shape olmoe --shape deepseek-v3-slice --dtype bf16",
     "expert_mlp": "--shape qwen3-30b --shape sonicmoe-7b-n256 --dtype bf16",
 }
-LAYERS = "--shape 32768,2048,768,128,8 --shape 24576,1536,256,128,8 --dtype bf16"
+LAYERS = ["32768,2048,768,128,8", "24576,1536,256,128,8"]
+PYTESTS = {
+    path.stem.removeprefix("test_"): [str(path.relative_to(ROOT))]
+    for path in ROOT.glob("tests/cuda/test_*.py")
+}
+PARITY = PYTESTS.pop("parity")  # more than half of all: in two halves
+PYTESTS |= {"parity 16 bit": [*PARITY, "-k", "float16"]}
+PYTESTS |= {"parity 32, 64 bit": [*PARITY, "-k", "not float16"]}
+PACKAGES = ("numpy", "cmake", "ninja", "pybind11", "scikit-build-core", "pytest", "pytest-timeout",
+            "hypothesis", "safetensors", "rich", "transformers", "triton")  # fmt: skip
 
 
 # ---- The steps -------------------------------------------------------------------------------
 def stages() -> list[list[Step]]:
     """The steps of a stage run side by side."""
     python = sys.executable
-    environment = {"PYTHONPATH": str(ROOT / SITE), "PYTHONUNBUFFERED": "1"}
+    ours = {"PYTHONPATH": str(ROOT / SITE), "PYTHONUNBUFFERED": "1"}
+    # Tests are small: to hand them between threads takes longest.
+    test = ours | {"OMP_NUM_THREADS": "1"}
     cpp = {"uses": ("build c++",)}
     return [
-        [Step("machine", [python, "tools/gpu_check.py", "--machine"], 60)],
+        [Step("machine", [python, "tools/gpu_check.py", "--machine"], 100)],
         [
-            Step("build python", _shell(_install(python)), 240, ("machine",)),
-            Step("build c++", _shell(_build_cpp()), 240, ("machine",)),
+            Step("build python", _shell(_install(python)), 200, ("machine",)),
+            Step("build c++", _shell(_build_cpp()), 200, ("machine",)),
         ],
         [Step("probes", [str(CPP / "tests/cpp/cuda/probe_hopper")], 30, **cpp)],
-        [Step("c++ tests", _ctest(), 60, **cpp)],
-        [Step("package", [python, "-c", _IMPORT], 60, ("build python",), environment=environment)],
-        [Step("pytest", _pytest(python), 120, ("package",), environment=environment)],
-        [Step(tool, _shell(_sanitize(tool)), 75, **cpp) for tool in _SANITIZERS],
+        [
+            Step("c++ tests", _ctest(), 75, environment={"OMP_NUM_THREADS": "4"}, **cpp),
+            Step("package", [python, "-c", _IMPORT], 60, ("build python",), environment=ours),
+        ],
+        # A process for each file: after an illegal access, all that follows in its process fails.
+        [
+            Step(f"pytest {name}", _pytest(python, name), 125, ("package",), environment=test)
+            for name in sorted(PYTESTS)
+        ],
         *([_bench(name)] for name in BENCHES),
         [
             Step(
                 "bench layer",
-                _bench_layer(python),
-                60,
+                [python, "-c", _bench_layer()],
+                75,
                 ("package",),
-                environment=environment,
+                environment=ours,
                 may_be_cut=True,
             )
         ],
+        [Step(tool, _shell(_sanitize(tool)), 150, **cpp) for tool in _SANITIZERS],
     ]
 
 
@@ -85,10 +105,21 @@ def _shell(script: str) -> list[str]:
 
 
 def _install(python: str) -> str:
-    return (
-        f"{python} -m pip install --no-build-isolation --no-deps --upgrade --target {SITE} ."
-        f" -Cbuild-dir={FOLDER}/python -Ccmake.define.FOMOE_CUDA=ON"
+    by_pip = (
+        f"{python} -m pip install --no-index --no-build-isolation --no-deps --upgrade"
+        f" --target {SITE} . -Cbuild-dir={FOLDER}/python -Ccmake.define.FOMOE_CUDA=ON"
     )
+    build = FOLDER / "cmake"
+    info = SITE / "fomoe-0.dist-info"
+    by_cmake = (
+        f"echo 'pip cannot install it: building with CMake alone'; rm -rf {SITE};"
+        f" cmake -S . -B {build} -G Ninja -DFOMOE_CUDA=ON -DCMAKE_BUILD_TYPE=Release"
+        f" -DPython_EXECUTABLE={python} -Dpybind11_DIR=$({python} -m pybind11 --cmakedir);"
+        f" cmake --build {build}; mkdir -p {info}; cp -r python/fomoe {SITE};"
+        f" printf 'Metadata-Version: 2.1\\nName: fomoe\\nVersion: 0\\n' >{info}/METADATA;"
+        f" cmake --install {build} --prefix {SITE}"
+    )
+    return f"{by_pip} || ({by_cmake})"
 
 
 def _build_cpp() -> str:
@@ -102,36 +133,68 @@ def _build_cpp() -> str:
 
 def _ctest() -> list[str]:
     folder = str(CPP / "tests/cpp/cuda")
-    return ["ctest", "--test-dir", folder, "--output-on-failure", "-E", "probe_hopper"]
+    return ["ctest", "--test-dir", folder, "--output-on-failure", "-j", "4", "-E", "probe_hopper"]
 
 
-def _pytest(python: str) -> list[str]:
-    options = ["-q", "-rs", "--durations=10", "-p", "no:cacheprovider"]
-    return [python, "-m", "pytest", *options, "tests/cuda"]
+def _pytest(python: str, name: str) -> list[str]:
+    # A line for each test, so that the last one tells where a kernel hangs.
+    options = ["-vv", "-rfEs", "--durations=5", "--tb=short", "--maxfail=30"]
+    options += ["-p", "no:cacheprovider", "-o", "faulthandler_timeout=60"]
+    plugin = (_version("pytest-timeout") or "0").split(".")
+    if [int(part) for part in plugin[:2]] >= [2, 3]:  # ends in time to print what failed
+        options += ["--timeout=90", "--timeout-method=thread", "--session-timeout=110"]
+    return [python, "-m", "pytest", *options, *PYTESTS[name]]
 
 
 def _sanitize(tool: str) -> str:
-    command = f"compute-sanitizer --tool {tool} --error-exitcode 9 $test"
+    """The tests of the tensor core kernels first; four at a time; one that hangs ends alone."""
+    tests = f"{CPP}/tests/cpp/cuda"
+    one = (
+        f"log=$(mktemp); timeout -k 5 60 compute-sanitizer --tool {tool} --print-limit 10"
+        ' --error-exitcode 9 $0 >$log 2>&1; status=$?; echo "== $0: exit status $status";'
+        ' grep -v "^ok " $log | tail -n 40; rm $log; [ $status = 0 ]'
+    )
     return (
-        f"bad=; for test in $(find {CPP}/tests/cpp/cuda -name 'test_*' -type f -executable); do"
-        f' echo "== $test"; {command} || bad="$bad $(basename $test)"; done;'
-        ' [ -z "$bad" ] || { echo "errors in$bad"; exit 1; }'
+        f"(ls {tests}/test_sm*_products; ls {tests}/test_* | grep -v test_sm) | grep -v '\\.'"
+        f" | xargs -r -P 4 -n 1 bash -c '{one}'"
     )
 
 
 def _bench(name: str) -> Step:
     program, options = str(CPP / f"bench/cpp/bench_{name}"), BENCHES[name].split()
-    command = [program, "--device", "cuda", *options, "--seconds", "0.2"]
-    if shutil.which("stdbuf"):  # a line at a time, so that none is lost at the limit
-        command = ["stdbuf", "-oL", *command]
-    output = FOLDER / f"bench_{name}.jsonl"
-    return Step(f"bench {name}", command, 45, uses=("build c++",), stdout=output, may_be_cut=True)
+    command = [program, "--device", "cuda", *options, "--seconds", "0.3"]
+    return Step(
+        f"bench {name}",
+        command,
+        45,
+        uses=("build c++",),
+        environment=_library_path(),
+        stdout=FOLDER / f"bench_{name}.jsonl",
+        may_be_cut=True,
+    )
 
 
-def _bench_layer(python: str) -> list[str]:
+def _library_path() -> dict[str, str]:
+    """Where the benchmarks find cuBLAS when the toolkit has none: in torch's packages."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return {}
+    folders = {
+        str(path.parent)
+        for path in Path(torch.origin).parents[1].glob("nvidia/*/lib/libcublas.so.*")
+    }
+    own = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": os.pathsep.join([*filter(None, [own]), *sorted(folders)])}
+
+
+def _bench_layer() -> str:
+    """Not by the command `fomoe`, which needs typer as well."""
     output = str(FOLDER / "bench_layer.jsonl")
-    options = ["--device", "cuda", *LAYERS.split(), "--seconds", "1", "--output", output]
-    return [python, "-m", "fomoe", "bench", *options]
+    return (
+        "from pathlib import Path; from fomoe.bench import Plan, run_layers; "
+        f"run_layers(shapes={LAYERS}, dtypes=['bf16'], plan=Plan(seconds=1.0), device='cuda', "
+        f"output=Path({output!r}))"
+    )
 
 
 # ---- The machine -----------------------------------------------------------------------------
@@ -152,7 +215,9 @@ def machine() -> dict[str, Any]:
     facts: dict[str, Any] = {"num_cpus": os.cpu_count(), "python": sys.version.split()[0]}
     torch = _output(sys.executable, "-c", _ASK_TORCH)
     facts |= json.loads(torch) if torch else {}
+    facts["packages"] = {name: _version(name) for name in PACKAGES}
     facts["nvcc"] = _output("nvcc", "--version").splitlines()[-1:]
+    facts["tools"] = {name: _output(name, "--version").splitlines()[:1] for name in _TOOLS}
     facts["commit"] = _output(
         "git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty"
     )
@@ -164,13 +229,24 @@ def machine() -> dict[str, Any]:
         facts["problem"] = f"torch {facts['torch']} finds no CUDA device on this machine"
     elif not facts["nvcc"]:
         facts["problem"] = "no nvcc on PATH to build the CUDA kernels with"
+    elif not facts["tools"]["cmake"] or not facts["tools"]["ninja"]:
+        facts["problem"] = "no cmake, or no ninja, on PATH"
     return facts
+
+
+_TOOLS = ("cmake", "ninja", "c++", "compute-sanitizer")
 
 
 def _output(*command: str) -> str:
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=50).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=80).stdout.strip()
     return ""
+
+
+def _version(package: str) -> str | None:
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def print_machine() -> int:
@@ -178,7 +254,9 @@ def print_machine() -> int:
     write_atomically(FOLDER / "machine.json", json.dumps(facts))
     problem = facts.pop("problem", "")
     print(json.dumps(facts, indent=1))
+    missing = [name for name, version in facts["packages"].items() if version is None]
     name = f"{facts.get('gpu')}, torch {facts.get('torch')}"
+    name += f"; without {', '.join(missing)}" if missing else ""
     print(f"gpu-check: {problem}" if problem else name)
     return 1 if problem else 0
 
@@ -198,6 +276,36 @@ def gather(folder: Path) -> None:
             shutil.copy(FOLDER / name, folder / name)
 
 
+def failures(runner: Runner) -> Iterator[str]:
+    """The end of the log of each step that did not pass."""
+    for result in runner.results:
+        if result.status in ("failed", "timed out"):
+            yield f"\n---- {result.step}: {result.status}"
+            yield from (line[:160] for line in result.tail.splitlines()[-12:])
+
+
+def measurements() -> Iterator[str]:
+    """A line for each measurement of a program in C++, and for each contender of a layer."""
+    for path in sorted(FOLDER.glob("bench_*.jsonl")):
+        for text in path.read_text().splitlines():
+            with suppress(ValueError, KeyError, TypeError):  # cut off, or of another kind
+                yield _measurement(json.loads(text))
+
+
+def _measurement(line: dict[str, Any]) -> str:
+    if "contender" in line:
+        size = ",".join(str(value) for value in line["shape"].values())
+        name = f"{size} {line['pass']} {line['contender']}"
+        return f"{name:<52} {line['median_ms'] * 1e3:9.1f} us  ratio {line['ratio']:.2f}"
+    parts = (line.get(key, "") for key in ("op", "shape", "layer", "path", "T"))
+    text = f"{' '.join(str(part) for part in parts if part):<52} {line['median_us']:9.1f} us"
+    for key, unit in (("gb_per_s", "GB/s"), ("tflops", "TFLOP/s")):
+        text += f"  {line[key]:.0f} {unit}" if key in line else ""
+    for key in ("of_copy", "of_dense", "cost"):
+        text += f"  {key} {line[key]['median']:.2f}" if line.get(key) else ""
+    return text
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=8, help="for everything")
@@ -209,13 +317,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output:
         options.output = Path(options.output).absolute()
     os.chdir(ROOT)
+    # cmake and ninja may be packages of this Python, whose environment need not be active.
+    # nvcc and compute-sanitizer may be off PATH, in the toolkit's usual place.
+    folders = [str(Path(sys.executable).parent), os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
+    os.environ["PATH"] = os.pathsep.join(folders)
     FOLDER.mkdir(parents=True, exist_ok=True)
     if options.machine:
         return print_machine()
     chosen = chosen_stages(options.only)
     if options.dry_run:
         for step in (step for stage in chosen for step in stage):
-            print(f"{step.name:<18} at most {step.seconds:3.0f} s  {' '.join(step.command)}")
+            print(f"{step.name:<24} at most {step.seconds:3.0f} s  {' '.join(step.command)}")
         return 0
     for path in (*FOLDER.glob("*.log"), *FOLDER.glob("*.jsonl"), *FOLDER.glob("*.json")):
         path.unlink()
@@ -230,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gather(options.output)
         if any(result.step == "machine" and result.status != "passed" for result in runner.results):
             break
-    print(f"\n{table(runner.results)}")
+    print("\n".join(["", *failures(runner), "", *measurements(), "", table(runner.results)]))
     return 1 if runner.failed() else 0
 
 

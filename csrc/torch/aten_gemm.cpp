@@ -46,8 +46,8 @@ void product_out(const Tensor& a, const Tensor& b, const std::optional<Tensor>& 
   } else {
     stack = {from(a), from(b), from(c)};
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(bias ? "aten::linear" : "aten::mm", "out",
-                                                      stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(bias ? "aten::linear" : "aten::mm", "out",
+                                               stack.data(), TORCH_ABI_VERSION));
   torch::stable::detail::to<Tensor>(stack[0]);  // takes the returned reference to c, to drop it
 }
 

@@ -59,7 +59,7 @@ cuda::Stream current_stream(const char* op, int32_t device_index) {
   check(aoti_torch_get_current_cuda_stream != nullptr, "fomoe::", op,
         ": the installed torch has no CUDA support; install a CUDA build of torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return stream;
 }
 

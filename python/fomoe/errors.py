@@ -15,5 +15,11 @@ class UserError(Exception):
 class SiteFailed(Exception):
     """A site ended before its work did; all others have been stopped.
 
-    The message says which site and why. The command line prints it and exits with code 1.
+    ``sentence`` says which site and why; the message is this and the site's ``trace``, if any. The
+    command line prints it and exits with code 1.
     """
+
+    def __init__(self, sentence: str, trace: str = "") -> None:
+        super().__init__(f"{sentence}\n{trace}" if trace else sentence)
+        self.sentence = sentence
+        self.trace = trace

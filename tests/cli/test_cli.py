@@ -46,9 +46,10 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
 def test_train_gets_the_file_with_overrides_and_resume(config_file: Path, replace, capsys):
     calls: list[tuple[Config, Path | None]] = []
 
-    def train(config: Config, *, resume: Path | None) -> dict[str, float]:
+    def train(config: Config, *, resume: Path | None, site: int | None) -> dict[str, Any]:
+        assert site is None
         calls.append((config, resume))
-        return {"loss": 2.5, "bigram_entropy": 2.75}
+        return {"loss": 2.5, "token": "byte", "bigram_entropy": 2.75}
 
     replace("fomoe.federation.launch", train=train)
     arguments = ["train", "--config", str(config_file), "federation.rounds=3"]

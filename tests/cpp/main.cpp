@@ -14,6 +14,7 @@ int main() {
       ++failures;
       std::printf("FAIL  %s: %s\n", test.name.c_str(), error.what());
     }
+    std::fflush(stdout);  // a test that hangs or crashes comes after the last that is named
   }
   if (harness::registry().empty()) std::printf("FAIL  no tests were registered\n");
   return failures == 0 && !harness::registry().empty() ? 0 : 1;

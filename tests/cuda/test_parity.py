@@ -6,12 +6,15 @@ import pytest
 import torch
 from on_device import CASES, EVEN, ON_BOTH, needs_cuda, results_on
 from op_calls import assert_same_bits, call_of
-from samples import DTYPES, SAMPLES, assert_close, name_of
+from samples import DTYPES, SAMPLES, Sample, assert_close, name_of
 
 from fomoe import reference
 
 # One rounding, or none: the CPU's bits. The gate's sums run in an order of their own.
 EXACT = ["route", "permute", "combine without weights"]
+
+# More tiles in every product than a GPU has multiprocessors: blocks take one after the other.
+MANY_TILES = Sample(name="many tiles", tokens=3000, experts=12, top_k=4, dim=520, expert_dim=392)
 
 
 def assert_equal_or_close(actual, expected, name, dtype):
@@ -39,6 +42,16 @@ def test_results_and_gradients_equal_the_reference_and_the_cpu(
     assert_equal_or_close(actual, on_cpu, name, dtype)
     monkeypatch.setattr(op_calls, "ops", reference)
     assert_equal_or_close(actual, results_on("cpu", call_of(name, sample, dtype)), name, dtype)
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("name", op_calls.WITH_PRODUCTS)
+def test_many_tiles_equal_the_reference(name, dtype, monkeypatch):
+    actual = results_on("cuda", call_of(name, MANY_TILES, dtype))
+    monkeypatch.setattr(op_calls, "ops", reference)
+    expected = results_on("cuda", call_of(name, MANY_TILES, dtype))
+    assert_equal_or_close(actual, [tensor.cpu() for tensor in expected], name, dtype)
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "unit"])

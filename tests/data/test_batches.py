@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which sequence goes where: hand-worked order, no repetition inside an epoch, refusals."""
 
+import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def names(batch: np.ndarray) -> list[str]:
     return [bytes(row.astype(np.uint8)).decode() for row in batch]
 
 
-def sites(corpus: Corpus, num_sites: int, batch_size: int, **extra: bool) -> list[SiteBatches]:
+def sites(corpus: Corpus, num_sites: int, batch_size: int, **extra: Any) -> list[SiteBatches]:
     return [
         SiteBatches(
             corpus,
@@ -102,6 +104,52 @@ def test_a_text_too_short_for_one_sequence_is_refused():
         sites(corpus, 1, 1)
     with pytest.raises(UserError, match="validation part of the domain 'tiny'"):
         validation_batches(corpus, sequence_length=9000, num_sequences=1, batch_size=1, domain=0)
+
+
+@pytest.mark.parametrize("domain_per_site", [False, True])
+def test_a_resumed_run_sees_the_sequences_of_the_one_that_was_not_killed(domain_per_site: bool):
+    corpus = numbered_corpus(13, 4, "a", "b")
+    whole = sites(corpus, 3, 2, domain_per_site=domain_per_site)
+    expected = [[names(reader.batch(step)) for reader in whole] for step in range(12)]
+    readers, step = sites(corpus, 3, 2, domain_per_site=domain_per_site), 0
+    for killed in (4, 5, 12):  # resumed twice
+        assert expected[step:killed] == [
+            [names(reader.batch(s)) for reader in readers] for s in range(step, killed)
+        ]
+        states = json.loads(json.dumps([reader.state() for reader in readers]))
+        readers = sites(corpus, 3, 2, domain_per_site=domain_per_site, states=states)
+        assert [reader.state() for reader in readers] == states
+        step = killed
+
+
+@pytest.mark.parametrize("domain_per_site", [False, True])
+def test_no_sequence_comes_twice_in_an_epoch_when_sites_come_and_go(domain_per_site: bool):
+    corpus = numbered_corpus(50, 4, "a", "b")
+    states: list[Any] = []
+    seen: list[str] = []
+    step = 0
+    for num_sites, steps in ((2, 3), (5, 2), (3, 4), (4, 9)):
+        readers = sites(corpus, num_sites, 2, domain_per_site=domain_per_site, states=states)
+        for s in range(step, step + steps):
+            seen += [name for reader in readers for name in names(reader.batch(s))]
+        step += steps
+        states = [reader.state() for reader in readers]
+    for letter in "ab" if domain_per_site else [""]:
+        of_one_text = [name for name in seen if name.startswith(letter)]
+        size = 50 if letter else 100
+        assert len(of_one_text) > size
+        assert len(set(of_one_text[:size])) == size
+
+
+def test_a_site_that_left_out_steps_does_not_hold_the_numbering_back():
+    corpus = numbered_corpus(50, 4)
+    ahead, behind = sites(corpus, 2, 2)
+    seen = {name for step in range(4) for name in names(ahead.batch(step))}
+    seen |= set(names(behind.batch(0)))
+    (alone,) = sites(corpus, 1, 2, states=[ahead.state(), behind.state()])
+    assert alone.state()["step"] == 4
+    assert alone.state()["sequences"] == 16
+    assert not seen & set(names(alone.batch(4)))
 
 
 def test_validation_sequences_are_evenly_spaced_and_in_order():

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks whose sites fail, and a program that trains one: `python faulty_task.py FOLDER`."""
+"""Tasks whose sites fail, and a program that trains one: `faulty_task.py FOLDER [TIMEOUT]`."""
 
 import os
 import resource
 import select
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from multiprocessing import util
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,36 @@ class ChangedTextTask(LanguageModelTask):
         self.text.write_text(self.text.read_text().upper())
 
 
+class AccidentTask(RecordingTask):
+    """A signal hits a site in the middle of a step: (site, step, signal) for each accident.
+
+    Every accident happens once, also when the run begins anew or goes on elsewhere.
+    """
+
+    def __init__(
+        self, config: Any, folder: Path, accidents: Sequence[tuple[int, int, int]]
+    ) -> None:
+        super().__init__(config, folder)
+        self.accidents = accidents
+
+    def batch(self, site: int, step: int) -> Tensor:
+        for number, (its_site, its_step, its_signal) in enumerate(self.accidents):
+            happened = self.folder / f"accident-{number}"
+            if (site, step) == (its_site, its_step) and not happened.exists():
+                happened.touch()
+                os.kill(os.getpid(), its_signal)
+        return super().batch(site, step)
+
+
+class HangingTask(NanoTask):
+    """Site 1 stays for ever in its fifth step, while the others wait for it in the meeting."""
+
+    def batch(self, site: int, step: int) -> Tensor:
+        if site == 1 and step == 4:
+            threading.Event().wait()
+        return super().batch(site, step)
+
+
 class EndlessTask(RecordingTask):
     """Says on standard output when every site is training."""
 
@@ -143,7 +174,8 @@ def main() -> None:
 
     folder = Path(sys.argv[1])
     config = nano.Config(**{**CONFIG.__dict__, "rounds": 100_000})
-    train(settings(config, folder / "run"), task=EndlessTask(config, folder))
+    timeout = float(sys.argv[2]) if len(sys.argv) > 2 else 600.0
+    train(settings(config, folder / "run", timeout=timeout), task=EndlessTask(config, folder))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,12 @@ class NanoTask:
     def batch(self, site: int, step: int) -> Tensor:
         return batch(site, step)
 
+    def data_state(self, site: int) -> dict[str, Any]:
+        return {}  # a batch follows from site and step
+
+    def load_data_state(self, states: Sequence[dict[str, Any]]) -> None:
+        assert all(state == {} for state in states)
+
     def loss(self, model: nn.Module, tokens: Tensor) -> Loss:
         logits = model(tokens[:, :-1]).flatten(0, 1)
         language_model = F.cross_entropy(logits, tokens[:, 1:].flatten())
@@ -82,7 +88,11 @@ def settings(nano_config: Any, folder: Path, **federation: Any) -> Config:
     overlap = nano_config.overlap if strategy == "fomoe" else nano_config.sites
     return Config.from_dict(
         {
-            "model": {"num_experts": nano_config.num_experts, "top_k": 1},
+            "model": {
+                "num_experts": nano_config.num_experts,
+                "top_k": 1,
+                "router": nano_config.router,
+            },
             "federation": {
                 "strategy": strategy,
                 "sites": nano_config.sites,
@@ -92,6 +102,13 @@ def settings(nano_config: Any, folder: Path, **federation: Any) -> Config:
                 "outer": nano_config.outer,
                 "outer_lr": nano_config.outer_lr,
                 "outer_momentum": nano_config.outer_momentum,
+                "codec": nano_config.codec,
+                "router_mean": nano_config.router_mean,
+                "scale_expert_steps": nano_config.scale_expert_steps,
+                "placement": nano_config.placement,
+                "shuffle_every": nano_config.shuffle_every * (nano_config.placement == "random"),
+                "full_replica_rounds": nano_config.full_replica_rounds,
+                "moved_warmup_steps": nano_config.moved_warmup_steps,
                 **federation,
             },
             "optimizer": {
@@ -117,18 +134,23 @@ def train_sites(nano_config: Any, folder: Path, **options: Any) -> Checkpoint:
 
 
 def momenta(checkpoint: Checkpoint, nano_config: Any) -> dict[str, Tensor]:
-    """The outer momenta by tensor name, put together from the owners' pieces."""
+    """The outer momenta by tensor name."""
     prefix, saved = "outer_momentum/", {}
-    for site in range(nano_config.sites):
+    for site in range(checkpoint.sites):
         state = checkpoint.state(site)
         saved |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    return joined_pieces(saved, nano_config)
+
+
+def joined_pieces(pieces: dict[str, Tensor], nano_config: Any) -> dict[str, Tensor]:
+    """By tensor name, put together from all owners' pieces, which together are all or none."""
     result = {}
-    for tensor in federated_tensors(NanoTask(nano_config).build_model(None)):
-        pieces = []
-        while sum(piece.numel() for piece in pieces) < tensor.num_elements:
-            start = f"{tensor.name}[{sum(piece.numel() for piece in pieces)}:"
-            pieces.append(next(value for key, value in saved.items() if key.startswith(start)))
-        result[tensor.name] = torch.cat(pieces).view(tensor.value.shape)
+    for tensor in federated_tensors(nano.Model(nano_config)) if pieces else ():
+        parts: list[Tensor] = []
+        while sum(part.numel() for part in parts) < tensor.num_elements:
+            start = f"{tensor.name}[{sum(part.numel() for part in parts)}:"
+            parts.append(next(value for key, value in pieces.items() if key.startswith(start)))
+        result[tensor.name] = torch.cat(parts).view(tensor.value.shape)
     return result
 
 

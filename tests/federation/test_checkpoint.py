@@ -21,6 +21,7 @@ from fomoe.federation.checkpoint import (
     write_shard,
 )
 from fomoe.federation.config import load_config
+from fomoe.federation.health import RoutingHealth
 from fomoe.federation.task import LanguageModelTask
 from fomoe.models import load_model
 
@@ -40,7 +41,14 @@ def write_small(folder):
     incomplete = folder / "checkpoints" / ".incomplete"
     incomplete.mkdir(parents=True)
     record = write_shard(incomplete, "model", 0, {"a": torch.arange(3.0)})
-    totals = Totals(tokens=0, seconds=0.0, ghost_shares=[], exchange_bytes=[], bytes_by_class={})
+    totals = Totals(
+        tokens=0,
+        seconds=0.0,
+        ghost_shares=[],
+        routing_health=RoutingHealth(),
+        exchange_bytes=[],
+        bytes_by_class={},
+    )
     manifest = Manifest(
         config={}, model={}, completed_rounds=2, step=2, placement=[], rng={}, data_cursor=[],
         corpus_sha256=None, totals=totals, summary={"loss": float("nan")}, threads_per_site=[],
@@ -122,7 +130,8 @@ def test_the_manifest_says_all_that_a_resume_needs(run):
     manifest = Checkpoint(find_checkpoint(run / "run")).manifest
     assert manifest["completed_rounds"] == 1
     assert manifest["step"] == 2
-    assert manifest["data_cursor"] == [4, 4]
+    seen = {"step": 2, "first_step": 0, "base": 0, "sequences": 8}
+    assert manifest["data_cursor"] == [seen, seen]
     assert manifest["placement"][0][:3] == [[0], [1], [0]]
     assert manifest["config"]["federation"]["overlap"] == 1
     assert manifest["threads_per_site"] == [2, 2]

@@ -82,6 +82,16 @@ def test_overrides_win_in_order_and_words_need_no_quotes(tmp_path: Path):
     assert config.data.domain_per_site is True
 
 
+def test_sources_are_an_array_of_tables_with_defaults(tmp_path: Path):
+    table = '[[data.sources]]\npath = "a.jsonl"\nweight = 3\n[[data.sources]]\npath = "b"\n'
+    config = load(tmp_path, FOMOE + table, "data.tokenizer=tokenizer.json")
+    first, second = config.data.sources
+    assert (first.path, first.weight, first.format, first.field) == ("a.jsonl", 3, "auto", "text")
+    assert second.weight == 1
+    assert config.data.tokenizer == "tokenizer.json"
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_settings_survive_json_and_are_frozen(tmp_path: Path):
     config = load(tmp_path, FOMOE, "optimizer.betas=[0.5, 0.75]")
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -116,6 +126,22 @@ def test_a_named_model_survives_json_and_keeps_its_own_vocabulary(tmp_path: Path
         ("run.folder=3", "run.folder: expected a string, got 3"),
         ("run.folder=", "run.folder: expected a string that is not empty, got ''"),
         ("data.paths=[1]", "data.paths[0]: expected a string, got 1"),
+        ("data.sources=a.jsonl", "data.sources: expected an array, got 'a.jsonl'"),
+        ('data.sources=["a"]', "data.sources[0]: expected a table, got 'a'"),
+        ("data.sources=[{}]", "data.sources[0].path: expected a value, got none"),
+        (
+            'data.sources=[{path="a", weight=0.0}]',
+            "data.sources[0].weight: expected a number > 0.0, got 0.0",
+        ),
+        (
+            'data.sources=[{path="a"}, {path="b", format="csv"}]',
+            "data.sources[1].format: expected one of 'auto', 'text', 'jsonl' or 'parquet', "
+            "got 'csv'",
+        ),
+        (
+            'data.sources=[{path="a", wieght=2}]',
+            "unknown key 'data.sources[0].wieght': did you mean 'weight'?",
+        ),
         (
             "federation.strategy=fedavg",
             "federation.strategy: expected one of 'ddp', 'diloco' or 'fomoe', got 'fedavg'",
@@ -170,6 +196,28 @@ def test_one_wrong_override_is_named_with_what_was_expected(
             "model.name = 'small' fixes the model, so model.dim cannot be set as well",
         ),
         (['data.paths=["a", "a"]'], "data.paths names 'a' 2 times"),
+        (
+            ['data.sources=[{path="a"}]', 'data.paths=["b"]'],
+            "data.paths and data.sources cannot be set together",
+        ),
+        (
+            ['data.sources=[{path="a"}]', "data.max_bytes=9"],
+            "data.max_bytes and data.sources cannot be set together",
+        ),
+        (["data.tokenizer=a.json"], "data.tokenizer needs data.sources, got none"),
+        (["data.separator=<end>"], "data.separator needs data.sources, got none"),
+        (
+            ['data.sources=[{path="a"}, {path="b"}, {path="a"}]'],
+            "data.sources[2] is data.sources[0] again: both read 'a'",
+        ),
+        (
+            [
+                'data.sources=[{path="a"}, {path="b", weight=3.0}]',
+                "data.domain_per_site=true",
+            ],
+            "data.sources[1].weight = 3.0 differs from data.sources[0].weight = 1.0, but with "
+            "data.domain_per_site every site reads one source only",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_named(

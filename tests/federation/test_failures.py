@@ -29,8 +29,8 @@ from fomoe.cli import main
 from fomoe.errors import SiteFailed, UserError
 from fomoe.federation.config import load_config
 from fomoe.federation.launch import train
-from fomoe.federation.processes import SiteProcesses
-from fomoe.federation.site_process import SiteOrder
+from fomoe.federation.launch.processes import SiteProcesses
+from fomoe.federation.launch.site_process import SiteOrder
 
 HERE = Path(__file__).parent
 TINY = """
@@ -107,7 +107,7 @@ def test_when_a_site_cannot_start_those_that_did_are_ended(tmp_path):
     def order(task, site):
         return SiteOrder(
             config=settings(CONFIG, tmp_path), task=task, site=site, run=tmp_path,
-            rendezvous=tmp_path / "rendezvous", resume=None, first_round=0, corpus_sha256=None,
+            port=0, resume=None, first_round=0, corpus_sha256=None,
         )  # fmt: skip
 
     processes = SiteProcesses([order(NanoTask(CONFIG), 0), order(LocalTask(CONFIG), 1)])
@@ -203,7 +203,7 @@ def test_a_text_that_changes_before_the_sites_read_it_is_noticed(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("a small text, " * 10000)
     config = tiny(tmp_path, f"data.paths=['{text}']")
-    with pytest.raises(UserError, match=r"site \d read a text with SHA-256 \w{64} .* \w{64}"):
+    with pytest.raises(UserError, match=r"site \d read data with SHA-256 \w{64}, .* \w{64}"):
         train(config, task=ChangedTextTask(config, text))
 
 

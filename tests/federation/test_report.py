@@ -81,12 +81,14 @@ def make_summary(
         "commit": "0123456789abcdef0123",
         "corpus_sha256": "9f86d081884c7d659a2feaa0c55ad015",
         "corpus_bytes": 10_736_457,
+        "token": "byte",
         "unigram_entropy": 3.277,
         "bigram_entropy": 2.456,
         "loss": evaluation["loss"],
         "site_losses": evaluation["site_losses"],
         "tokens_per_second": 5321.0,
         "ghost_share": 1 - overlap / SITES + (0.004 if overlap < SITES else 0),
+        "routing_findings": [],
         "bytes_per_site": [ROUNDS * sum(traffic.values()) // SITES] * SITES,
         "bytes_by_class": {
             name: ROUNDS * size for name, size in (traffic | to_coordinator).items()
@@ -113,7 +115,15 @@ def make_round(
                 "layer": layer,
                 "load_entropy": entropy,
                 "load_variation": float(load.std() / load.mean()),
+                "dead_experts": 0,
                 "ghost_share": 1 - overlap / SITES,
+                "even_ghost_share": 1 - overlap / SITES,
+                "sites": {
+                    "load_entropy": [entropy] * SITES,
+                    "load_variation": [float(load.std() / load.mean())] * SITES,
+                    "dead_experts": [0, 1, 0, 0],
+                    "ghost_share": [1 - overlap / SITES] * SITES,
+                },
                 "load": (load * 20480).tolist(),
             }
         )
@@ -212,7 +222,12 @@ def test_every_plot_is_there_with_its_units(page: Page):
         "bytes sent per site (log scale)",
         "bigram entropy",
         "tensor bytes per site",
-        "load entropy (1 = even)",
+        "load entropy",
+        "load variation",
+        "dead experts",
+        "ghost share",
+        "layer 3",
+        "site 3",
         "load of the last round (1 = even share)",
     ):
         assert words in page.text
@@ -251,6 +266,31 @@ def test_doubtful_numbers_are_said(tmp_path: Path):
     assert tables.findings(read_runs(runs))[-1] == "Not below the text's bigram entropy: ddp."
 
 
+def test_findings_of_the_routing_are_named_and_marked(tmp_path: Path):
+    finding = {"kind": "skipping", "site": None, "value": 0.3, "expected": 0.5}
+    findings = [
+        finding | {"layer": layer, "round": 4 + layer, "sentence": f"layer {layer} is unbalanced"}
+        for layer in (1, 2, 3)
+    ] + [finding | {"kind": "uneven_load", "layer": 0, "round": 9, "sentence": "layer 0 too"}]
+    calm = make_run(tmp_path / "calm", "diloco")
+    run = make_run(tmp_path / "run", "fomoe", overlap=2, routing_findings=findings)
+    assert tables.warnings(read_runs([calm, run])) == [
+        "fomoe, round 5: layer 1 is unbalanced. The same in 2 more layers: 2, 3.",
+        "fomoe, round 9: layer 0 too.",
+    ]
+    page = report_page([calm, run], tmp_path)
+    assert "fomoe, round 5: layer 1 is unbalanced. The same in 2 more layers: 2, 3." in page.text
+    assert page.text.count("Crosses: findings, with their layer.") == 1
+
+
+def test_a_warning_among_the_metrics_is_read(tmp_path: Path):
+    run = make_run(tmp_path / "run", "ddp")
+    warning = {"kind": "warning", "round": 1, "sentence": "layer 0 is unbalanced"}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(warning) + "\n")
+    assert len(read_runs([run])[0].rounds) == ROUNDS
+
+
 def test_two_runs_of_one_strategy_are_told_apart_by_folder_whose_name_is_no_markup(tmp_path: Path):
     folders = [make_run(tmp_path / name, "fomoe", overlap=n) for n, name in ((1, "<b>"), (2, "y"))]
     assert [run.label for run in read_runs(folders)] == ["fomoe (<b>)", "fomoe (y)"]
@@ -281,7 +321,7 @@ def test_what_is_missing_in_a_run_folder_is_named(tmp_path: Path):
 def test_a_missing_extra_names_itself(
     three_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    for part in ("plots", "svg"):
+    for part in ("plots", "routing_plots", "svg"):
         monkeypatch.delitem(sys.modules, f"fomoe.federation.report.{part}", raising=False)
         monkeypatch.delattr(report, part, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

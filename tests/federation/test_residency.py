@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from in_process import values_of
 from nano_task import NanoTask, nano, settings
 
 from fomoe.federation.exchange import Exchange, Piece
@@ -74,7 +75,7 @@ class Spy:
     def watch(self) -> None:
         """Look before and after these calls of the site in this process."""
         sites: list[Site] = []
-        reduce, distribute, send = Exchange.reduce, Exchange.distribute, dist.all_to_all_single
+        pack, distribute, send = Exchange.pack, Exchange.distribute, dist.all_to_all_single
         end_round, begin_round = Site.end_round, Site.begin_round
 
         def spied_end_round(site):
@@ -87,13 +88,18 @@ class Spy:
             self.look(site)  # after loading a checkpoint, too
             begin_round(site)
 
-        def spied_reduce(exchange, contributions, attendance):
+        def spied_pack(exchange, values, start=None):
+            contributions = {
+                name: value if start is None else start[name] - value
+                for name, value in values.items()
+            }
+            parcel = pack(exchange, values, start)
             self.look(sites[0], contributions)
-            return reduce(exchange, contributions, attendance)
+            return parcel
 
         def spied_distribute(exchange, results, attendance):
             result = distribute(exchange, results, attendance)
-            self.look(sites[0], result)
+            self.look(sites[0], values_of(result, exchange.pieces))
             return result
 
         def spied_send(*arguments, **options):
@@ -101,7 +107,7 @@ class Spy:
             self.look(sites[0])
 
         Site.end_round, Site.begin_round = spied_end_round, spied_begin_round
-        Exchange.reduce, Exchange.distribute = spied_reduce, spied_distribute
+        Exchange.pack, Exchange.distribute = spied_pack, spied_distribute
         dist.all_to_all_single = spied_send
 
 

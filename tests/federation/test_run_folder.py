@@ -106,9 +106,3 @@ def test_lines_are_on_disk_as_soon_as_they_are_written(tmp_path):
     assert path.read_text() == '{"a": 1}\n{"b": 2}\n'
     with JsonLines(path, anew=True):
         assert path.read_text() == ""
-
-
-def test_a_temporary_folder_that_cannot_be_used_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
-    with pytest.raises(UserError, match=f"temporary folder {tmp_path}/gone: No such"):
-        start(tmp_path / "run")

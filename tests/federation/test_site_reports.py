@@ -2,14 +2,13 @@
 """What sites tell the coordinator: every byte counted in its round, who had a part, who agrees."""
 
 import json
-from multiprocessing import Pipe
 
 import pytest
 
 from fomoe.errors import SiteFailed
+from fomoe.federation.launch.channel import Reporter, decode, encode, timing
 from fomoe.federation.ledger import SiteLedger, check_agreement, contributors, round_lines
 from fomoe.federation.placement import fixed
-from fomoe.federation.site_process import Channel
 
 # Two layers of four experts. Layer 0: experts 0 and 2 on sites 0, 1; experts 1 and 3 on sites 2, 3.
 # Layer 1, shifted by one: experts 0 and 2 on sites 1, 2; experts 1 and 3 on sites 0, 3.
@@ -55,15 +54,42 @@ def test_only_holders_of_the_same_experts_have_to_agree():
         check_agreement(3, sites)
 
 
+class Recorder:
+    """A channel to nowhere."""
+
+    files_travel = False
+
+    def __init__(self):
+        self.messages = []
+
+    def transmit(self, message):
+        self.messages.append(message)
+
+    def end_round(self, records):
+        self.records = records
+
+
+def round_report(seconds):
+    timings = {"seconds": timing(seconds), "peak_rss": timing(123456789)}
+    return {"round": 0, "timings": timings, "memory": {"parameters": 4}}
+
+
 def test_a_message_counts_in_the_round_it_belongs_to():
-    site_end, coordinator_end = Pipe()
-    ledger = SiteLedger()
-    channel = Channel(site_end, ledger)
-    channel.send("step", loss=1.5)
-    channel.send_round(ledger, {"round": 0})
-    step, round_ = coordinator_end.recv_bytes(), coordinator_end.recv_bytes()
+    channel, ledger = Recorder(), SiteLedger()
+    reporter = Reporter(channel, ledger)
+    reporter.step(loss=1.5)
+    reporter.round(round_report(1.0), [])
+    step, round_ = channel.messages
     report = json.loads(round_)
     assert round_.endswith(b', "bytes": {"metrics": %d}}' % report["bytes"]["metrics"])
-    without_counts = len(b'{"kind": "round", "round": 0}')
+    without_counts = len(encode("round", round_report(1.0) | {"files": []}))
     assert report["bytes"] == {"metrics": len(step) + without_counts}
     assert ledger.close_round() == {}
+
+
+def test_a_report_has_as_many_bytes_however_long_the_round_took():
+    sizes = {len(encode("round", round_report(s))) for s in (0.0, 1e-6, 0.1, 2 / 3, 98765.4321)}
+    assert len(sizes) == 1
+    report = decode(encode("round", round_report(0.25)))
+    assert report["seconds"] == 0.25
+    assert report["memory"] == {"parameters": 4, "peak_rss": 123456789}

@@ -131,7 +131,15 @@ def test_a_dry_run_lists_the_steps_in_order():
     run = gpu_check("--dry-run")
     assert run.returncode == 0
     names = [line.split("  ")[0] for line in run.stdout.splitlines()]
-    order = ["machine", "build c++", "probes", "c++ tests", "pytest", "racecheck", "bench layer"]
+    order = [
+        "machine",
+        "build c++",
+        "probes",
+        "c++ tests",
+        "pytest layer",
+        "bench layer",
+        "racecheck",
+    ]
     assert [name for name in names if name in order] == order
 
 

@@ -8,7 +8,9 @@ namespace {
 
 /// The map of b, innermost dimension first, whichever it is.
 TensorMap map_experts(const ExpertMatrices& b, int64_t num_experts) {
-  const int64_t expert_stride = num_experts > 1 ? b.expert_stride : 8;  // of one expert: any
+  // Of one expert the stride is never used: what a dense array would have is certain to be allowed.
+  const int64_t one_expert = b.row_stride == 1 ? b.cols * b.col_stride : b.rows * b.row_stride;
+  const int64_t expert_stride = num_experts > 1 ? b.expert_stride : one_expert;
   if (b.row_stride == 1) {
     return make_tensor_map(b.dtype, b.data,
                            {{b.rows, 1, kTileDepth},

@@ -62,21 +62,23 @@ def measure_layers(
 def _agreeing(
     shape: Shape, dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Contender], dict[str, Agreement], dict[str, str]]:
-    """Contenders, their agreement, and which of other libraries are missing and why."""
+    """Contenders, their agreement, and which others are missing and why."""
     contenders = build_contenders(shape, dtype, device=device)
-    agreements = check_agreement(contenders, shape.top_k)
-    missing: dict[str, str] = {}
-    if device.type == "cuda":
-        ours = contenders[OURS]
-        router, w1, w2 = ours.parameters
-        others, missing = build_third_party(shape, (router, w1, w2))
-        for name, contender in others.items():
-            try:
-                agreements |= check_agreement({OURS: ours, name: contender}, shape.top_k)
-                contenders[name] = contender
-            except Exception as error:  # foreign code may fail in any way
-                missing[name] = first_line(error)
-    return contenders, agreements, missing
+    if device.type == "cpu":
+        return contenders, check_agreement(contenders, shape.top_k), {}
+    # On a GPU, what others do is theirs: without one that fails, the rest is measured all the same.
+    ours = contenders.pop(OURS)
+    router, w1, w2 = ours.parameters
+    third_party, missing = build_third_party(shape, (router, w1, w2))
+    agreements = check_agreement({OURS: ours}, shape.top_k)
+    agreeing = {OURS: ours}
+    for name, contender in (contenders | third_party).items():
+        try:
+            agreements |= check_agreement({OURS: ours, name: contender}, shape.top_k)
+            agreeing[name] = contender
+        except Exception as error:  # foreign code may fail in any way
+            missing[name] = first_line(error)
+    return agreeing, agreements, missing
 
 
 def activation_bytes(

@@ -6,7 +6,8 @@ inputs and their targets); windows do not overlap, and bytes past the last whole
 are not used (our choices).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from fomoe.data.corpus import Corpus
 from fomoe.errors import UserError
 
-__all__ = ["SiteBatches", "validation_batches"]
+__all__ = ["SiteBatches", "sharing_sites", "validation_batches"]
 
 
 class SiteBatches:
@@ -28,6 +29,10 @@ class SiteBatches:
     With `domain_per_site`, site m draws from domain m % num_domains, and the same rule holds inside
     that domain among its own sites.
 
+    When a run goes on with another number of sites, numbering goes on from what all sites have
+    seen: g = base + ((s - first_step) * M + m) * B + j, with base the sequences seen before
+    first_step. So no sequence comes twice in an epoch then either.
+
     Parameters
     ----------
     corpus
@@ -38,6 +43,8 @@ class SiteBatches:
         B, sequences per step of this site.
     sequence_length
         S.
+    states
+        What `state` gave on every site of the run that goes on; none: from the start.
 
     Raises
     ------
@@ -55,6 +62,7 @@ class SiteBatches:
         sequence_length: int,
         seed: int,
         domain_per_site: bool = False,
+        states: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         num_domains = len(corpus.domains)
         if domain_per_site and num_domains > num_sites:
@@ -63,10 +71,13 @@ class SiteBatches:
                 f"got federation.sites = {num_sites}"
             )
         domain = corpus.domain_of(site) if domain_per_site else None
-        self._rank = site // num_domains if domain_per_site else site
-        self._num_ranks = (
-            len(range(site % num_domains, num_sites, num_domains)) if domain_per_site else num_sites
-        )
+        readers = sharing_sites(site, num_sites, num_domains if domain_per_site else 1)
+        self._rank = readers.index(site)
+        self._num_ranks = len(readers)
+        self._first_step, self._base, self._next_step = 0, 0, 0
+        if states:
+            before = sharing_sites(site, len(states), num_domains if domain_per_site else 1)
+            self._go_on(states, [states[reader] for reader in before])
         self._batch_size = batch_size
         self._seed = seed
         self._windows = _windows(corpus, domain, sequence_length, validation=False)
@@ -80,9 +91,37 @@ class SiteBatches:
 
     def batch(self, step: int) -> npt.NDArray[np.int64]:
         """Byte tokens (B, S + 1) int64 of 0-based `step`: inputs [:, :-1], targets [:, 1:]."""
-        first = (step * self._num_ranks + self._rank) * self._batch_size
+        self._next_step = step + 1
+        first = self._seen(step) + self._rank * self._batch_size
         rows = [self._window_of(index) for index in range(first, first + self._batch_size)]
         return self._windows[rows].astype(np.int64)
+
+    def state(self) -> dict[str, int]:
+        """The cursor after the last batch: the next step, and the sequences seen before it.
+
+        `first_step` and `base` are those of the numbering; `sequences` counts all sites that share
+        this text.
+        """
+        return {
+            "step": self._next_step,
+            "first_step": self._first_step,
+            "base": self._base,
+            "sequences": self._seen(self._next_step),
+        }
+
+    def _seen(self, step: int) -> int:
+        return self._base + (step - self._first_step) * self._num_ranks * self._batch_size
+
+    def _go_on(
+        self, states: Sequence[Mapping[str, Any]], of_readers: Sequence[Mapping[str, Any]]
+    ) -> None:
+        # A site may have left out the last steps of a round; the others say how far the round went.
+        self._next_step = max(state["step"] for state in states)
+        if len(of_readers) == self._num_ranks:
+            self._first_step, self._base = of_readers[0]["first_step"], of_readers[0]["base"]
+        else:
+            self._first_step = self._next_step
+            self._base = max(state["sequences"] for state in of_readers)
 
     def _window_of(self, index: int) -> int:
         epoch, position = divmod(index, self.num_sequences)
@@ -93,6 +132,11 @@ class SiteBatches:
             self._order = generator.permutation(self.num_sequences)
             self._epoch = epoch
         return int(self._order[position])
+
+
+def sharing_sites(site: int, num_sites: int, num_domains: int) -> range:
+    """The sites that read the domain of `site`, ascending: those equal to it modulo num_domains."""
+    return range(site % num_domains, num_sites, num_domains)
 
 
 def validation_batches(

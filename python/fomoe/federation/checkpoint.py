@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fomoe.errors import UserError
+from fomoe.federation.health import RoutingHealth
 from fomoe.federation.placement import Placement
 from fomoe.files import cannot, sync_file, sync_folder, write_whole
 from fomoe.models import MODEL_FORMAT_VERSION
@@ -43,11 +44,13 @@ __all__ = [
     "incomplete_folder",
     "is_round_folder",
     "read_shards",
+    "remove_older",
     "round_folder",
     "write_shard",
 ]
 
 FORMAT_VERSION = 1
+_REMOVED = ".removed-"
 _ROUND_FOLDER = re.compile(r"round-(\d{6,})")
 
 
@@ -70,6 +73,7 @@ class Totals(BaseModel):
     tokens: int
     seconds: float
     ghost_shares: list[float]
+    routing_health: RoutingHealth
     exchange_bytes: list[int]
     bytes_by_class: dict[str, int]
 
@@ -78,7 +82,7 @@ class Manifest(BaseModel):
     """What ``manifest.json`` holds, beside the ``format_version``.
 
     ``config`` is by section and key; ``model`` rebuilds the model; ``placement`` gives the holders
-    by layer and expert; ``data_cursor`` the sequences that each site has seen. ``summary`` is what
+    by layer and expert; ``data_cursor`` where each site stands in its data. ``summary`` is what
     summary.json says of the run up to here.
     """
 
@@ -90,7 +94,7 @@ class Manifest(BaseModel):
     step: int
     placement: list[list[list[int]]]
     rng: dict[str, int]
-    data_cursor: list[int]
+    data_cursor: list[dict[str, Any]]
     corpus_sha256: str | None
     totals: Totals
     summary: dict[str, Any]
@@ -159,6 +163,21 @@ def commit(folder: Path, final: Path, manifest: Manifest) -> None:
         sync_folder(final.parent)
 
 
+def remove_older(run: Path, keep: int) -> None:
+    """Remove all checkpoints of a run but the latest ``keep``; each disappears in one step.
+
+    Raises
+    ------
+    UserError
+        A folder cannot be written.
+    """
+    for path in _checkpoints(run)[:-keep]:
+        with cannot(f"remove checkpoint {path}"):
+            path.rename(path.with_name(f"{_REMOVED}{path.name}"))
+    for hidden in run.glob(f"checkpoints/{_REMOVED}*"):
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
 def find_checkpoint(folder: Path) -> Path:
     """The checkpoint in ``folder``: itself, or the latest one of the run it belongs to.
 
@@ -169,14 +188,20 @@ def find_checkpoint(folder: Path) -> Path:
     """
     if (folder / "manifest.json").is_file():
         return folder
-    found = [
-        (int(match[1]), path)
-        for path in folder.glob("checkpoints/round-*")
-        if (match := _ROUND_FOLDER.fullmatch(path.name)) and (path / "manifest.json").is_file()
-    ]
+    found = _checkpoints(folder)
     if not found:
         raise UserError(f"{folder} holds no checkpoint: expected {folder}/checkpoints/round-*")
-    return max(found)[1]
+    return found[-1]
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The whole checkpoints of a run, by completed rounds."""
+    found = [
+        (int(match[1]), path)
+        for path in run.glob("checkpoints/round-*")
+        if (match := _ROUND_FOLDER.fullmatch(path.name)) and (path / "manifest.json").is_file()
+    ]
+    return [path for _, path in sorted(found)]
 
 
 class Checkpoint:

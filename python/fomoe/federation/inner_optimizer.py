@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fomoe.federation.config import OptimizerConfig
-from fomoe.federation.meeting import MOMENTS, is_finite
+from fomoe.federation.exchange import is_finite
+from fomoe.federation.meeting import MOMENTS
 from fomoe.federation.memory import tensor_bytes
 from fomoe.nn import ModelTensor
 
@@ -87,13 +88,6 @@ class InnerOptimizer:
         states = {name: self._state_of(name) for name in self.values}
         return {kind: {name: state[kind] for name, state in states.items()} for kind in MOMENTS}
 
-    def set_moments(self, moments: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Overwrite moments, by kind and tensor name."""
-        for kind, values in moments.items():
-            for name, value in values.items():
-                moment = self._state_of(name)[kind]
-                moment.copy_(value.view(moment.shape))
-
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by ``KIND/NAME``: moments, steps, and ages in the warm-up."""
         saved = {f"{_AGE}/{name}": torch.tensor(age) for name, age in self.age.items()}
@@ -119,7 +113,7 @@ class InnerOptimizer:
     def forget_what_is_not_finite(self) -> None:
         """Begin anew with the moments that hold a NaN or an infinity."""
         for value in self.values.values():
-            if not is_finite(self._state_tensors(value)):
+            if not all(map(is_finite, self._state_tensors(value))):
                 del self._torch.state[value]
 
     def num_bytes(self) -> int:

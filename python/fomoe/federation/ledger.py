@@ -23,8 +23,8 @@ __all__ = [
 
 EXCHANGE_CLASSES = ("shared", "router", "expert", "moved", "tokens")
 """What sites send each other: shared tensors, rows of a full router, experts, experts that change
-sites, token counts. Beside them: ``metrics`` to the coordinator, and ``evaluation``, the snapshot
-an evaluation reads."""
+sites, token counts. Beside them: ``metrics`` to the coordinator, ``evaluation``, the snapshot
+an evaluation reads, and ``checkpoint``, files that have to cross the network."""
 
 
 class SiteLedger:

@@ -5,15 +5,23 @@ Everything here is in host memory, wherever the site computes. A meeting works o
 and returns what the site's values become; :meth:`Meetings.commit` makes it count.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fomoe.errors import UserError
 from fomoe.federation.config import FederationConfig
-from fomoe.federation.exchange import Attendance, Exchange, Piece, Transport, codec_for, cut
+from fomoe.federation.exchange import (
+    Attendance,
+    Exchange,
+    Piece,
+    Results,
+    Transport,
+    codec_for,
+    cut,
+    is_finite,
+)
 from fomoe.federation.ledger import SiteLedger
 from fomoe.federation.outer_optimizer import Nesterov
 from fomoe.federation.placement import Placement
@@ -27,7 +35,6 @@ __all__ = [
     "OUTER_MOMENTUM",
     "Meeting",
     "Meetings",
-    "is_finite",
 ]
 
 OUTER_MOMENTUM, LOST_UP, LOST_DOWN = "outer_momentum", "lost_up", "lost_down"
@@ -38,14 +45,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """What came of a meeting: new values by tensor name, and, by kind, new moments.
+    """What came of a meeting: for the values, and, by kind, for the moments.
 
-    A tensor without contributors keeps the value the round began with.
+    ``start`` are the values the round began with, which a tensor without contributors goes back to;
+    ``has_differences`` says that the results are to be subtracted from them.
     """
 
     attendance: Attendance
-    values: dict[str, Tensor]
-    moments: dict[str, dict[str, Tensor]]
+    start: Mapping[str, Tensor]
+    has_differences: bool
+    values: Results
+    moments: Mapping[str, Results]
+
+    def write_value(self, name: str, target: Tensor) -> None:
+        """Overwrite a tensor with what it becomes."""
+        start = self.start[name]
+        if name in self.values:
+            self.values.write(name, target, minuend=start if self.has_differences else None)
+        else:
+            target.copy_(start)
+
+    def write_moment(self, kind: str, name: str, target: Tensor) -> None:
+        """Overwrite a moment with what it becomes; without contributors it stays."""
+        if name in self.moments[kind]:
+            self.moments[kind].write(name, target)
 
 
 class Meetings:
@@ -84,7 +107,7 @@ class Meetings:
         """
         before = self.exchange
         self.exchange = self._exchange(tensors, placement)
-        self.exchange.peak_scratch_bytes = before.peak_scratch_bytes
+        self.exchange.scratch = before.scratch
         sent = {p.key for p in self.exchange.pieces if p.tensor not in arrivals.weights}
         owned = {piece.key for piece in self.exchange.owned}
         self.exchange.lost_up, self.exchange.lost_down = before.lost_up, before.lost_down
@@ -145,40 +168,42 @@ class Meetings:
             No site has anything to contribute.
         """
         kinds = moments if self.settings.outer == "local_adamw" else {}
-        contributions = self._contributions(values)
-        finite = is_finite(contributions.values()) and all(
-            is_finite(kind.values()) for kind in kinds.values()
-        )
+        start = self.start if self.settings.sends_differences else None
+        parcel = self.exchange.pack(values, start)
+        finite = parcel.is_finite and all(is_finite(x) for k in kinds.values() for x in k.values())
         attendance = self._attend(tokens, rejected=failed or not finite)
-        means = self.exchange.reduce(contributions, attendance)
-        del contributions
+        results = self.exchange.reduce(parcel, attendance)
         if self.settings.sends_differences:
-            means = {piece: self._step(piece, mean) for piece, mean in means.items()}
-        arrived = self.exchange.distribute(means, attendance)
-        results = {name: self._result(name, value) for name, value in arrived.items()}
+            for piece in results:
+                results[piece] = self._step(piece, results[piece])
         return Meeting(
             attendance,
-            self.start | results,
+            self.start,
+            self.settings.sends_differences,
+            self.exchange.distribute(results, attendance),
             {kind: self._mean(contribution, attendance) for kind, contribution in kinds.items()},
         )
 
     def mean_gradients(
         self, gradients: Mapping[str, Tensor], tokens: int
-    ) -> tuple[dict[str, Tensor], Attendance]:
-        """Mean of all sites' gradients, by tensor name, flat, and whose counted.
+    ) -> tuple[Results, Attendance]:
+        """Mean of all sites' gradients, and whose counted.
 
         Raises
         ------
         UserError
             No site's gradients are finite.
         """
-        attendance = self._attend(tokens, rejected=not is_finite(gradients.values()))
-        return self._mean(gradients, attendance), attendance
+        parcel = self.exchange.pack(gradients)
+        attendance = self._attend(tokens, rejected=not parcel.is_finite)
+        means = self.exchange.reduce(parcel, attendance)
+        return self.exchange.distribute(means, attendance), attendance
 
     def commit(self) -> None:
         """The site has taken the meeting's results over."""
         self.outer.commit()
         self.exchange.commit()
+        self.exchange.scratch.settle()
         self.start = {}
 
     def _attend(self, tokens: int, *, rejected: bool) -> Attendance:
@@ -190,25 +215,15 @@ class Meetings:
             )
         return attendance
 
-    def _mean(self, values: Mapping[str, Tensor], attendance: Attendance) -> dict[str, Tensor]:
-        return self.exchange.distribute(self.exchange.reduce(values, attendance), attendance)
-
-    def _contributions(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if not self.settings.sends_differences:
-            return values
-        return {name: self.start[name] - value for name, value in values.items()}
+    def _mean(self, values: Mapping[str, Tensor], attendance: Attendance) -> Results:
+        means = self.exchange.reduce(self.exchange.pack(values), attendance)
+        return self.exchange.distribute(means, attendance)
 
     def _step(self, piece: Piece, mean: Tensor) -> Tensor:
+        scratch = self.exchange.scratch
         delta = mean if piece.factor == 1 else mean * piece.factor
-        # Averaging through a lossy codec: the step is the mean difference.
-        return self.outer.step(piece.key, delta) if self.settings.outer == "nesterov" else delta
-
-    def _result(self, name: str, arrived: Tensor) -> Tensor:
-        start = self.start[name]
-        value = arrived.view(start.shape)
-        return start - value if self.settings.sends_differences else value
-
-
-def is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no element of any of the tensors is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        if self.settings.outer != "nesterov":
+            return scratch.track(delta)  # averaging through a lossy codec: the mean difference
+        step = scratch.track(self.outer.step(piece.key, delta))
+        scratch.track(self.outer.next[piece.key])
+        return step

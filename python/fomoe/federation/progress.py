@@ -51,6 +51,10 @@ class ProgressLine:
         self.loss = loss
         self._progress.update(self._task, completed=self.completed, loss=loss)
 
+    def say(self, sentence: str) -> None:
+        """A line of its own, above the one that moves."""
+        self.console.print(sentence, soft_wrap=True, highlight=False)
+
     def round(self, totals: RunTotals) -> None:
         """A round is over."""
         state = (

@@ -89,6 +89,7 @@ class Site:
         if checkpoint is not None:
             self.round = checkpoint.manifest["completed_rounds"]
             self.step = checkpoint.manifest["step"]
+            task.load_data_state(checkpoint.manifest["data_cursor"])
             # What moves at the beginning of the next round moves there, unless the settings have
             # changed and nothing of the old placement is of use.
             unchanged = checkpoint.placement == self._placement_of(self.round - 1)
@@ -185,16 +186,16 @@ class Site:
                 for kind, values in self.optimizer.moments().items()
             }
         values = self.staging.to_host("values", self._values())
-        self.meetings.exchange.borrowed = [
-            *values.values(), *(m for kind in moments.values() for m in kind.values())
-        ]  # fmt: skip
         meeting = self.meetings.meet(values, moments, self.tokens, failed=self.failed)
-        self.meetings.exchange.borrowed = ()
         self.rejected = set(meeting.attendance.rejected)
-        self._assign(meeting.values)
+        for tensor in self.tensors:
+            meeting.write_value(tensor.name, tensor.value)
         if self.site in self.rejected:
             self.optimizer.forget_what_is_not_finite()
-        self.optimizer.set_moments(meeting.moments)
+        if meeting.moments:
+            for kind, targets in self.optimizer.moments().items():
+                for name, moment in targets.items():
+                    meeting.write_moment(kind, name, moment)
         self.meetings.commit()
 
     def _values(self) -> dict[str, Tensor]:
@@ -224,12 +225,10 @@ class Site:
             if tensor.parameter.grad is not None
         }
         host = self.staging.to_host("gradients", gradients)
-        self.meetings.exchange.borrowed = list(host.values())
         averaged, attendance = self.meetings.mean_gradients(host, tokens)
-        self.meetings.exchange.borrowed = ()
         self.rejected |= set(attendance.rejected)
         for name, gradient in gradients.items():
-            gradient.copy_(averaged[name].view(gradient.shape))
+            averaged.write(name, gradient)
 
     def _learning_rate(self) -> float:
         federation, optimizer = self.config.federation, self.config.optimizer
@@ -303,15 +302,16 @@ class Site:
     def memory_of_the_meeting(self) -> dict[str, int]:
         """What meetings add, and the peak resident set of the process.
 
-        That is the most that contributions, buffers and means took at once at a collective, the
-        momentum of owned tensors, and what the codec lost.
+        ``exchange_buffers`` is the most that buffers, means, steps, and new momenta and losses of
+        the codec took at once; ``outer_momentum`` is that of owned tensors, and
+        ``codec_residuals`` is what the codec lost. Both are lasting.
         """
         exchange = self.meetings.exchange
         lost = [*exchange.lost_up.residuals.values(), *exchange.lost_down.residuals.values()]
         return {
             "outer_momentum": tensor_bytes(self.meetings.outer.momentum.values()),
             "codec_residuals": tensor_bytes(lost),
-            "exchange_buffers": exchange.peak_scratch_bytes,
+            "exchange_buffers": exchange.scratch.peak,
             "peak_rss": peak_rss(),
         }
 

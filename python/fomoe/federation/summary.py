@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from fomoe._build import source_commit
-from fomoe.data import bigram_entropy, unigram_entropy
 from fomoe.federation.checkpoint import Totals
 from fomoe.federation.config import Config
+from fomoe.federation.health import Finding, RoutingHealth, summarize_routing
 from fomoe.federation.ledger import EXCHANGE_CLASSES
 from fomoe.federation.task import LanguageModelTask, Task
 
@@ -30,14 +30,15 @@ def versions() -> dict[str, str]:
 
 
 def corpus_sha256(task: Task) -> str | None:
-    """SHA-256 (hex) of the text a task trains on; None for a task without one."""
-    return task.corpus.sha256 if isinstance(task, LanguageModelTask) else None
+    """SHA-256 (hex) of the data a task trains on; None for a task without any."""
+    return task.data.sha256 if isinstance(task, LanguageModelTask) else None
 
 
 class RunTotals:
     """Adds up the sites' reports, round by round.
 
     ``exchange_bytes`` of a site counts what it sent to other sites (shared, expert, tokens).
+    ``new_findings`` is what the last round added to the routing's findings.
     """
 
     def __init__(self, config: Config, task: Task) -> None:
@@ -47,12 +48,14 @@ class RunTotals:
         self.tokens = 0
         self.seconds = 0.0
         self.ghost_shares: list[float] = []
+        self.routing_health = RoutingHealth()
+        self.new_findings: list[Finding] = []
         self.exchange_bytes = [0] * config.federation.sites
         self.bytes_by_class: dict[str, int] = {}
         self.memory: list[dict[str, int]] = []
         self.parameters = 0
         self.parameters_per_site: list[int] = []
-        self.loss = float("nan")
+        self.loss: float | None = None
         self.site_losses: list[float] = []
 
     def state(self) -> Totals:
@@ -61,8 +64,11 @@ class RunTotals:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from the sums of a resumed run."""
-        for name in Totals.model_fields:
-            setattr(self, name, state[name])
+        for name, value in Totals.model_validate(state):
+            setattr(self, name, value)
+        # A site that has gone keeps what it sent.
+        missing = self.config.federation.sites - len(self.exchange_bytes)
+        self.exchange_bytes = self.exchange_bytes + [0] * missing
 
     @property
     def tokens_per_second(self) -> float:
@@ -89,9 +95,11 @@ class RunTotals:
         for traffic_class, num_bytes in traffic.items():
             total = self.bytes_by_class.get(traffic_class, 0)
             self.bytes_by_class[traffic_class] = total + num_bytes
-        routing = _mean_routing([report["routing"] for report in reports])
+        by_site = [report["routing"] for report in reports]
+        routing = summarize_routing(by_site)
         if routing:
             self.ghost_shares.append(_mean([layer["ghost_share"] for layer in routing]))
+        self.new_findings = self.routing_health.observe(index, by_site)
         self.memory = [report["memory"] for report in reports]
         self.parameters = sum(report["owned_parameters"] for report in reports)
         self.parameters_per_site = [report["parameters"] for report in reports]
@@ -109,6 +117,10 @@ class RunTotals:
 
     def add_evaluation(self, loss: float, site_losses: list[float]) -> None:
         self.loss, self.site_losses = loss, site_losses
+
+    def no_evaluation(self) -> None:
+        """A checkpoint follows without one: the last result is of another state."""
+        self.loss, self.site_losses = None, []
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""
@@ -130,6 +142,7 @@ class RunTotals:
             "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
             "ghost_share": self.ghost_share,
+            "routing_findings": [each.model_dump() for each in self.routing_health.findings],
             "bytes_per_site": self.exchange_bytes,
             "bytes_by_class": self.bytes_by_class,
             "memory_per_site": self.memory,
@@ -142,28 +155,14 @@ def _describe_corpus(task: Task) -> dict[str, Any]:
     digest = {"corpus_sha256": corpus_sha256(task)}
     if not isinstance(task, LanguageModelTask):
         return digest
-    text = np.frombuffer(b"".join(domain.data for domain in task.corpus.domains), dtype=np.uint8)
+    facts = task.data.facts()
     return {
         **digest,
-        "corpus_bytes": task.corpus.num_bytes,
-        "unigram_entropy": unigram_entropy(text),
-        "bigram_entropy": bigram_entropy(text),
+        "corpus_bytes": facts.num_bytes,
+        "token": facts.unit,
+        "unigram_entropy": facts.unigram_entropy,
+        "bigram_entropy": facts.bigram_entropy,
     }
-
-
-def _mean_routing(by_site: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Per layer, the mean of every statistic over the sites."""
-    return [
-        {
-            "layer": layers[0]["layer"],
-            "load": [_mean(loads) for loads in zip(*(x["load"] for x in layers), strict=True)],
-            **{
-                name: _mean([layer[name] for layer in layers])
-                for name in ("load_entropy", "load_variation", "ghost_share")
-            },
-        }
-        for layers in zip(*by_site, strict=True)
-    ]
 
 
 def _mean(values: Sequence[float]) -> float:

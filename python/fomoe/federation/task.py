@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the federation trains: a model, its data and its loss, behind one small interface."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomoe.data import Corpus, SiteBatches, load_corpus, validation_batches
+from fomoe.data import Batches, Batching, Source, StreamData, TextData, TrainingData
 from fomoe.errors import UserError
 from fomoe.federation.config import Config, ModelConfig
 from fomoe.models import Decoder, DecoderConfig, configuration
@@ -51,7 +49,18 @@ class Task(Protocol):
         ...
 
     def batch(self, site: int, step: int) -> Tensor:
-        """Tokens of the 0-based step, int64 (B, S + 1)."""
+        """Tokens of the 0-based step, int64 (B, S + 1); steps are asked for in order."""
+        ...
+
+    def data_state(self, site: int) -> dict[str, Any]:
+        """Where a site stands in its data after the last batch, as JSON-able values."""
+        ...
+
+    def load_data_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the ``data_state`` of every site of a run, whose number may have been another.
+
+        With the same number, every site gets exactly the batches it would have got.
+        """
         ...
 
     def loss(self, model: nn.Module, tokens: Tensor) -> Loss: ...
@@ -66,34 +75,32 @@ class Task(Protocol):
 
 
 class LanguageModelTask:
-    """A :class:`fomoe.models.Decoder` on byte tokens of a corpus, as the settings describe them."""
+    """A :class:`fomoe.models.Decoder` on the data, as the settings describe them."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.model_config = _decoder_config(config.model)
         self.num_layers = self.model_config.num_layers
         self.num_experts = self.model_config.num_experts
-        self._corpus: Corpus | None = None
-        self._batches: dict[int, SiteBatches] = {}
+        self.data = _training_data(config)
+        self._batches: dict[int, Batches] = {}
+        self._data_states: tuple[Mapping[str, Any], ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Every site reads the text itself instead of receiving a copy.
-        return self.__dict__ | {"_corpus": None, "_batches": {}}
+        # Open files do not travel; what a site needs of the data it reads itself.
+        return self.__dict__ | {"_batches": {}}
 
     @property
     def model_settings(self) -> dict[str, Any]:
         return asdict(self.model_config)
 
-    @property
-    def corpus(self) -> Corpus:
-        if self._corpus is None:
-            self._corpus = load_corpus(self.config.data.paths, max_bytes=self.config.data.max_bytes)
-        return self._corpus
-
     def check(self) -> None:
-        for site in range(self.config.federation.sites):
-            self.batch(site, 0)
-        self._validation_windows()
+        if self.model_config.vocab_size < self.data.vocab_size:
+            raise UserError(
+                f"model.vocab_size = {self.model_config.vocab_size} is smaller than the "
+                f"{self.data.vocab_size} tokens of data.tokenizer = {self.config.data.tokenizer!r}"
+            )
+        self.data.check()
 
     def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
         model = Decoder(self.model_config, residents)
@@ -101,30 +108,28 @@ class LanguageModelTask:
         return model
 
     def batch(self, site: int, step: int) -> Tensor:
-        if site not in self._batches:
-            self._batches[site] = SiteBatches(
-                self.corpus,
-                site=site,
-                num_sites=self.config.federation.sites,
-                batch_size=self.config.training.batch_size,
-                sequence_length=self.config.training.sequence_length,
-                seed=self.config.training.seed,
-                domain_per_site=self.config.data.domain_per_site,
-            )
-        return torch.from_numpy(self._batches[site].batch(step))
+        return torch.from_numpy(self._site_batches(site).batch(step))
+
+    def data_state(self, site: int) -> dict[str, Any]:
+        return self._site_batches(site).state()
+
+    def load_data_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        self._data_states = tuple(states)
+        self._batches = {}
 
     def loss(self, model: nn.Module, tokens: Tensor) -> Loss:
-        with self._precision():
+        with self._precision(tokens.device):
             logits = model(tokens[:, :-1])
         language_model = _cross_entropy(logits, tokens[:, 1:])
         return Loss(language_model + auxiliary_loss(model), language_model)
 
     @torch.no_grad()
     def validation_loss(self, model: nn.Module) -> float:
+        device = next(model.parameters()).device
         total, count = 0.0, 0
-        for windows in self._validation_windows():
-            tokens = torch.from_numpy(windows)
-            with self._precision():
+        for windows in self.data.validation(self.config.evaluation.batch_size):
+            tokens = torch.from_numpy(windows).to(device)
+            with self._precision(device):
                 logits = model(tokens[:, :-1])
             targets = tokens[:, 1:]
             total += _cross_entropy(logits, targets).item() * targets.numel()
@@ -137,28 +142,33 @@ class LanguageModelTask:
             if isinstance(module, MoE):
                 statistics = module.statistics()
                 module.reset_statistics()
-                layers.append(
-                    {
-                        "layer": len(layers),
-                        "load": list(statistics.load),
-                        "load_entropy": statistics.load_entropy,
-                        "load_variation": statistics.load_variation,
-                        "ghost_share": statistics.ghost_share,
-                    }
-                )
+                layers.append({"layer": len(layers), **asdict(statistics)})
         return layers
 
-    def _validation_windows(self) -> Iterator[npt.NDArray[np.int64]]:
-        return validation_batches(
-            self.corpus,
-            sequence_length=self.config.training.sequence_length,
-            num_sequences=self.config.data.validation_sequences,
-            batch_size=self.config.evaluation.batch_size,
-        )
+    def _site_batches(self, site: int) -> Batches:
+        if site not in self._batches:
+            self._batches[site] = self.data.batches(site, self._data_states)
+        return self._batches[site]
 
-    def _precision(self) -> torch.autocast:
+    def _precision(self, device: torch.device) -> torch.autocast:
         enabled = self.config.training.precision == "bf16"
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def _training_data(config: Config) -> TrainingData:
+    batching = Batching(
+        num_sites=config.federation.sites,
+        batch_size=config.training.batch_size,
+        sequence_length=config.training.sequence_length,
+        seed=config.training.seed,
+        domain_per_site=config.data.domain_per_site,
+        validation_sequences=config.data.validation_sequences,
+    )
+    data = config.data
+    if not data.sources:
+        return TextData(data.paths, data.max_bytes, batching)
+    sources = [Source(**source.model_dump()) for source in data.sources]
+    return StreamData(sources, data.tokenizer, data.separator, batching)
 
 
 def _decoder_config(settings: ModelConfig) -> DecoderConfig:

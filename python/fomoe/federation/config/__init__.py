@@ -14,12 +14,12 @@ from typing import Any, Self
 from pydantic import ValidationError, model_validator
 
 from fomoe.errors import UserError
+from fomoe.federation.config.data import DataConfig, SourceConfig
 from fomoe.federation.config.errors import describe
 from fomoe.federation.config.federation import FederationConfig
 from fomoe.federation.config.model import ModelConfig
 from fomoe.federation.config.section import Section
 from fomoe.federation.config.training import (
-    DataConfig,
     EvaluationConfig,
     OptimizerConfig,
     RunConfig,
@@ -34,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "RunConfig",
+    "SourceConfig",
     "TrainingConfig",
     "load_config",
 ]

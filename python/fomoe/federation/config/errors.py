@@ -81,10 +81,11 @@ def _missing(path: tuple[str, ...], schema: type[BaseModel]) -> str:
 
 def _model_at(path: tuple[str, ...], schema: type[BaseModel]) -> type[BaseModel]:
     for part in path:
+        if part.isdigit():  # an entry of the array that the part before has led to
+            continue
         annotation = schema.model_fields[part].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        schema = annotation
+        models = [annotation, *typing.get_args(annotation)]
+        schema = next(m for m in models if isinstance(m, type) and issubclass(m, BaseModel))
     return schema
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections [optimizer], [training], [data], [evaluation] and [run]. Imports no torch."""
+"""The sections [optimizer], [training], [evaluation] and [run]. Imports no torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from fomoe.federation.config.section import (
     BelowOne,
@@ -18,7 +18,7 @@ from fomoe.federation.config.section import (
 
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")]
 
-__all__ = ["DataConfig", "EvaluationConfig", "OptimizerConfig", "RunConfig", "TrainingConfig"]
+__all__ = ["EvaluationConfig", "OptimizerConfig", "RunConfig", "TrainingConfig"]
 
 
 class OptimizerConfig(Section):
@@ -50,24 +50,6 @@ class TrainingConfig(Section):
     def device_of(self, site: int) -> str:
         """The device of one site, as it was written."""
         return self.device if isinstance(self.device, str) else self.device[site]
-
-
-class DataConfig(Section):
-    """The text (see fomoe.data.load_corpus). Relative paths start at the current directory."""
-
-    paths: Annotated[tuple[Text, ...], Field(strict=False)] = ()
-    """Files and folders, one domain each; none: the text that every Python brings along."""
-    domain_per_site: bool = False
-    max_bytes: CountOrZero = 0
-    """Upper bound of the corpus, 0 for none."""
-    validation_sequences: Count = 128
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        for path in self.paths:
-            if self.paths.count(path) > 1:
-                raise ValueError(f"data.paths names {path!r} {self.paths.count(path)} times")
-        return self
 
 
 class EvaluationConfig(Section):

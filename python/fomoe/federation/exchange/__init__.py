@@ -2,8 +2,15 @@
 """How the sites' tensors meet: to their owners, mean, and back to all who hold them."""
 
 from fomoe.federation.exchange.codec import Codec, codec_for
-from fomoe.federation.exchange.exchange import Attendance, Exchange, weighted_mean
+from fomoe.federation.exchange.exchange import (
+    Attendance,
+    Exchange,
+    Parcel,
+    is_finite,
+    weighted_mean,
+)
 from fomoe.federation.exchange.pieces import BLOCK, Piece, cut
+from fomoe.federation.exchange.results import Results
 from fomoe.federation.exchange.transport import GroupTransport, Transport
 
 __all__ = [
@@ -12,9 +19,12 @@ __all__ = [
     "Codec",
     "Exchange",
     "GroupTransport",
+    "Parcel",
     "Piece",
+    "Results",
     "Transport",
     "codec_for",
     "cut",
+    "is_finite",
     "weighted_mean",
 ]

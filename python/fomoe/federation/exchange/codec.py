@@ -7,10 +7,10 @@ change that is rounded away every time would never arrive. Block sizes and forma
 FoMoE names compression as future work.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe.errors import UserError
@@ -22,18 +22,18 @@ __all__ = ["Codec", "codec_for"]
 class Codec(Protocol):
     """Writes flat tensors as bytes.
 
-    ``encode`` gives for every tensor the uint8 tensors that make up its payload, ``num_bytes`` in
-    all, and may return views; ``decode`` reads payloads that follow each other, may return views
-    of them, and needs the tensors' numbers of elements.
+    ``encode`` gives the payload of a tensor, uint8 (``num_bytes`` of its number of elements,), and
+    may return a view; ``decode`` gives the flat tensor of ``num_elements`` that a payload stands
+    for, and may return a view of it.
     """
 
     is_lossy: bool
 
     def num_bytes(self, num_elements: int) -> int: ...
 
-    def encode(self, values: Sequence[Tensor]) -> list[tuple[Tensor, ...]]: ...
+    def encode(self, value: Tensor) -> Tensor: ...
 
-    def decode(self, payload: Tensor, sizes: Sequence[int]) -> list[Tensor]: ...
+    def decode(self, payload: Tensor, num_elements: int) -> Tensor: ...
 
 
 def codec_for(name: str, dtype: torch.dtype) -> Codec:
@@ -68,11 +68,11 @@ class _Raw:
     def num_bytes(self, num_elements: int) -> int:
         return num_elements * self.dtype.itemsize
 
-    def encode(self, values: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        return [(value.view(torch.uint8),) for value in values]
+    def encode(self, value: Tensor) -> Tensor:
+        return value.view(torch.uint8)
 
-    def decode(self, payload: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        return list(torch.split(payload.view(self.dtype), list(sizes)))
+    def decode(self, payload: Tensor, num_elements: int) -> Tensor:
+        return payload.view(self.dtype)
 
 
 class _BFloat16:
@@ -81,11 +81,11 @@ class _BFloat16:
     def num_bytes(self, num_elements: int) -> int:
         return 2 * num_elements
 
-    def encode(self, values: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        return [(value.to(torch.bfloat16).view(torch.uint8),) for value in values]
+    def encode(self, value: Tensor) -> Tensor:
+        return value.to(torch.bfloat16).view(torch.uint8)
 
-    def decode(self, payload: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        return list(torch.split(payload.view(torch.bfloat16).float(), list(sizes)))
+    def decode(self, payload: Tensor, num_elements: int) -> Tensor:
+        return payload.view(torch.bfloat16).float()
 
 
 class _Integers:
@@ -104,39 +104,22 @@ class _Integers:
     def num_bytes(self, num_elements: int) -> int:
         return -(-num_elements // BLOCK) * (4 + self.block_bytes)
 
-    def encode(self, values: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-        counts = [-(-value.numel() // BLOCK) for value in values]
-        blocks = torch.zeros(sum(counts), BLOCK)
-        for value, rows in zip(values, torch.split(blocks, counts), strict=True):
-            rows.view(-1)[: value.numel()].copy_(value)
+    def encode(self, value: Tensor) -> Tensor:
+        missing = -value.numel() % BLOCK
+        blocks = F.pad(value, (0, missing)).view(-1, BLOCK) if missing else value.view(-1, BLOCK)
         scales = blocks.abs().amax(dim=1) / self.largest
         # A block of zeros, or of numbers so small that their scale is none, becomes zeros.
         divisors = torch.where(scales > 0, scales, torch.ones(()))
         integers = (blocks / divisors[:, None]).round_().clamp_(-self.largest, self.largest)
         packed = self._pack(integers.to(torch.int8))
-        return [
-            (scale.view(torch.uint8), part.reshape(-1))
-            for scale, part in zip(
-                torch.split(scales, counts), torch.split(packed, counts), strict=True
-            )
-        ]
+        return torch.cat([scales.view(torch.uint8), packed.view(-1)])
 
-    def decode(self, payload: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        counts = [-(-size // BLOCK) for size in sizes]
-        chunks = torch.split(payload, [self.num_bytes(size) for size in sizes])
-        halves = [
-            torch.split(chunk, [4 * count, self.block_bytes * count])
-            for chunk, count in zip(chunks, counts, strict=True)
-        ]
-        if not halves:
-            return []
-        scales = torch.cat([scale for scale, _ in halves]).view(torch.float32)
-        packed = torch.cat([part for _, part in halves]).view(-1, self.block_bytes)
-        values = self._unpack(packed).float() * scales[:, None]
-        return [
-            rows.reshape(-1)[:size]
-            for rows, size in zip(torch.split(values, counts), sizes, strict=True)
-        ]
+    def decode(self, payload: Tensor, num_elements: int) -> Tensor:
+        blocks = -(-num_elements // BLOCK)
+        scales = payload[: 4 * blocks].view(torch.float32)
+        packed = payload[4 * blocks :].view(-1, self.block_bytes)
+        values = self._unpack(packed).float().mul_(scales[:, None])
+        return values.view(-1)[:num_elements]
 
     def _pack(self, integers: Tensor) -> Tensor:
         """int8 (blocks, 128) -> uint8 (blocks, block_bytes)."""

@@ -28,6 +28,10 @@ class ErrorFeedback:
         """Keep what was lost this time."""
         self._next[key] = residual
 
+    def forget(self) -> None:
+        """What was to be sent this time is not sent."""
+        self._next = {}
+
     def commit(self) -> None:
         """Take over what was lost in a meeting that has succeeded."""
         self.residuals, self._next = self.residuals | self._next, {}

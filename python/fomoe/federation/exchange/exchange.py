@@ -10,7 +10,8 @@ bytes, ``2 (holders - 1) b`` for an expert's, and for a row of a full router ``c
 times up and ``M - 1`` times down. No site ever receives a tensor of an expert it does not hold.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,28 +20,36 @@ from torch import Tensor
 from fomoe.federation.exchange.codec import Codec
 from fomoe.federation.exchange.error_feedback import ErrorFeedback
 from fomoe.federation.exchange.pieces import Piece
+from fomoe.federation.exchange.results import Results
 from fomoe.federation.exchange.transport import Transport
 from fomoe.federation.ledger import SiteLedger
-from fomoe.federation.memory import tensor_bytes
+from fomoe.federation.memory import Scratch, host_buffer
 
-__all__ = ["Attendance", "Exchange", "weighted_mean"]
+__all__ = ["Attendance", "Exchange", "Parcel", "is_finite", "weighted_mean"]
 
 _REJECTED = -1
 
 
-def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def is_finite(value: Tensor) -> bool:
+    """Whether no element is NaN or infinite; there must be one."""
+    # The extremes are NaN if an element is: one pass, and no temporary.
+    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(value))
+
+
+def weighted_mean(values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
     """``sum(w_i x_i) / sum(w_i)`` in the given order; a single value is copied.
 
     Products and sums are separate roundings and there is one division, so that the result is the
-    same on every machine. Source: FoMoE Algorithm 1 (mean over holders); weighting by tokens and
-    the order are our choice.
+    same on every machine. One value is needed at a time. Source: FoMoE Algorithm 1 (mean over
+    holders); weighting by tokens and the order are our choice.
     """
-    if len(values) == 1:
-        return values[0].clone()
-    total = values[0] * weights[0]
-    for value, weight in zip(values[1:], weights[1:], strict=True):
-        total = total + value * weight
-    return total / sum(weights)
+    remaining = iter(values)
+    if len(weights) == 1:
+        return next(remaining).clone()
+    total = next(remaining) * weights[0]
+    for value, weight in zip(remaining, weights[1:], strict=True):
+        total += value * weight
+    return total.div_(sum(weights))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,25 @@ class Attendance:
         return [float(self.tokens[site] or 0) for site in sites]
 
 
+@dataclass(slots=True)
+class Parcel:
+    """What a site sends: ``outbox``, ``send[s]`` bytes of which go to site s, and what ``stays``.
+
+    ``is_finite`` says whether all that is in it was finite before it was encoded.
+    """
+
+    outbox: Tensor
+    send: list[int]
+    stays: dict[Piece, Tensor]
+    bytes_by_class: dict[str, int]
+    is_finite: bool = True
+
+    def empty(self) -> None:
+        """Leave nothing to send, and free the memory."""
+        self.outbox, self.send = torch.empty(0, dtype=torch.uint8), [0] * len(self.send)
+        self.stays, self.bytes_by_class = {}, {}
+
+
 class Exchange:
     """One site's side of the exchange, for the pieces of the tensors it has.
 
@@ -77,9 +105,8 @@ class Exchange:
         self.codec = codec
         self.site = transport.site
         self.owned = [piece for piece in pieces if piece.owner == self.site]
-        self.peak_scratch_bytes = 0
-        self.borrowed: Sequence[Tensor] = ()
-        """The caller's lasting tensors, which contributions may be views of: no scratch."""
+        self.scratch = Scratch()
+        """Counts what an exchange allocates, but for the few temporaries of one piece."""
         self.lost_up = ErrorFeedback()
         self.lost_down = ErrorFeedback()
 
@@ -89,73 +116,74 @@ class Exchange:
         self.ledger.sent("tokens", 8 * (self.transport.sites - 1))
         return Attendance(tuple(None if n == _REJECTED else n for (n,) in everyone))
 
-    def reduce(
-        self, contributions: Mapping[str, Tensor], attendance: Attendance
-    ) -> dict[Piece, Tensor]:
-        """Send contributions, by tensor name, to their owners.
+    def pack(
+        self, values: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None
+    ) -> Parcel:
+        """This site's contributions, encoded: its values by tensor name, which stay as they are.
+
+        With ``start``, by how much the values are less than at the start.
+        """
+
+        finite = True
+
+        def content(piece: Piece) -> Tensor:
+            nonlocal finite
+            value = _part(piece, values)
+            if start is not None:
+                value = self.scratch.track(_part(piece, start) - value)
+            finite = finite and is_finite(value)
+            return value
+
+        to = self._by_site(lambda p: [p.owner] if self.site in p.contributors else [])
+        parcel = self._pack(to, content, self.lost_up)
+        parcel.is_finite = finite
+        return parcel
+
+    def reduce(self, parcel: Parcel, attendance: Attendance) -> dict[Piece, Tensor]:
+        """Send what :meth:`pack` gave to the owners, if this site counts, and leave it empty.
 
         Returns the means of the owned pieces, flat; a piece that nobody contributes to is left out.
         """
-        to = self._by_site(
-            lambda piece: [piece.owner] if self.site in attendance.contributors(piece) else []
-        )
-        pieces = [piece for group in to for piece in group]
-        flat = {name: value.reshape(-1) for name, value in contributions.items()}
-        values = [flat[piece.tensor][piece.start : piece.stop] for piece in pieces]
-        encoded = self._encode(pieces, values, self.lost_up)
-        outbox = _joined(chunk for chunks in encoded for chunk in chunks)
-        sources = self._by_site(attendance.contributors, self.owned)
-        received: dict[Piece, list[Tensor]] = {}
-        for piece, value in self._travel(outbox, to, sources, keep=contributions.values()):
-            received.setdefault(piece, []).append(value)
-        return {
-            piece: weighted_mean(
-                received[piece], attendance.weights(attendance.contributors(piece))
-            )
-            for piece in self.owned  # in the order in which the results will travel
-            if piece in received
-        }
+        if self.site in attendance.rejected:
+            self.lost_up.forget()
+            parcel.empty()
+        payloads = self._travel(parcel, self._by_site(attendance.contributors, self.owned))
+        means = {}
+        for piece in self.owned:  # in the order in which the results will travel
+            sites = attendance.contributors(piece)
+            if sites:
+                contributions = (
+                    self.codec.decode(payloads.pop((site, piece)), piece.num_elements)
+                    for site in sites
+                )
+                mean = weighted_mean(contributions, attendance.weights(sites))
+                means[piece] = self.scratch.track(mean)
+        return means
 
-    def distribute(
-        self, results: Mapping[Piece, Tensor], attendance: Attendance
-    ) -> dict[str, Tensor]:
-        """Send results, by owned piece, to all who hold them.
+    def distribute(self, results: dict[Piece, Tensor], attendance: Attendance) -> Results:
+        """Send results, by owned piece, to all who hold them; empties ``results``.
 
-        Returns flat tensors by name; one that nobody contributed to is left out.
+        What nobody contributed to is not among the results.
         """
         wanted = [piece for piece in self.pieces if attendance.contributors(piece)]
         readers = self._by_site(lambda piece: piece.receivers, list(results))
         owners = self._by_site(lambda piece: [piece.owner], wanted)
-        # Once per piece, however many sites it goes to.
-        chunks = self._encode(list(results), list(results.values()), self.lost_down)
-        encoded = dict(zip(results, chunks, strict=True))
-        outbox = _joined(chunk for group in readers for piece in group for chunk in encoded[piece])
-        received = dict(self._travel(outbox, readers, owners, keep=results.values()))
-        parts: dict[str, list[Tensor]] = {}
-        for piece in wanted:
-            parts.setdefault(piece.tensor, []).append(received[piece])
-        return {
-            name: values[0] if len(values) == 1 else torch.cat(values)
-            for name, values in parts.items()
-        }
+        payloads = self._travel(self._pack(readers, results.pop, self.lost_down), owners)
+        return Results(self.codec, [(piece, payloads[piece.owner, piece]) for piece in wanted])
 
     def commit(self) -> None:
         """The meeting has succeeded: what the codec lost in it is for the next one to send."""
         self.lost_up.commit()
         self.lost_down.commit()
 
-    def _encode(
-        self, pieces: Sequence[Piece], values: Sequence[Tensor], feedback: ErrorFeedback
-    ) -> list[tuple[Tensor, ...]]:
+    def _encode(self, piece: Piece, value: Tensor, feedback: ErrorFeedback) -> Tensor:
         if not self.codec.is_lossy:
-            return self.codec.encode(values)
-        meant = [feedback.corrected(p.key, x) for p, x in zip(pieces, values, strict=True)]
-        encoded = self.codec.encode(meant)
-        payload = _joined(chunk for chunks in encoded for chunk in chunks)
-        decoded = self.codec.decode(payload, [value.numel() for value in meant])
-        for piece, value, arriving in zip(pieces, meant, decoded, strict=True):
-            feedback.lost(piece.key, value - arriving)
-        return encoded
+            return self.codec.encode(value)
+        meant = feedback.corrected(piece.key, value)
+        payload = self.scratch.track(self.codec.encode(meant))
+        lost = meant - self.codec.decode(payload, piece.num_elements)
+        feedback.lost(piece.key, self.scratch.track(lost))
+        return payload
 
     # ---- who sends what to whom --------------------------------------------------------------
 
@@ -168,31 +196,62 @@ class Exchange:
                 groups[site].append(piece)
         return groups
 
-    def _num_bytes(self, group: Iterable[Piece]) -> int:
-        return sum(self.codec.num_bytes(piece.num_elements) for piece in group)
+    def _sizes(self, groups: Sequence[Iterable[Piece]]) -> list[int]:
+        """Encoded bytes of the pieces for, or of, every site but this one."""
+        sizes = [sum(self.codec.num_bytes(p.num_elements) for p in group) for group in groups]
+        sizes[self.site] = 0
+        return sizes
+
+    def _pack(
+        self,
+        to: Sequence[Sequence[Piece]],
+        content: Callable[[Piece], Tensor],
+        feedback: ErrorFeedback,
+    ) -> Parcel:
+        """Encode groups of pieces by site, each piece once, however many sites it goes to."""
+        send = self._sizes(to)
+        outbox = self.scratch.track(host_buffer(sum(send)))
+        slots: dict[Piece, list[Tensor]] = {piece: [] for group in to for piece in group}
+        for site, (group, part) in enumerate(zip(to, torch.split(outbox, send), strict=True)):
+            for piece, slot in self._cut(part, group) if site != self.site else ():
+                slots[piece].append(slot)
+        parcel = Parcel(outbox, send, {}, {})
+        own = set(to[self.site])
+        for piece, copies in slots.items():
+            payload = self._encode(piece, content(piece), feedback)
+            for slot in copies:
+                slot.copy_(payload)
+            if piece in own:
+                parcel.stays[piece] = payload
+            crossing = parcel.bytes_by_class.get(piece.traffic_class, 0)
+            crossing += len(copies) * payload.numel()
+            parcel.bytes_by_class[piece.traffic_class] = crossing
+        return parcel
 
     def _travel(
-        self,
-        outbox: Tensor,
-        to: Sequence[Sequence[Piece]],
-        come: Sequence[Sequence[Piece]],
-        *,
-        keep: Iterable[Tensor],
-    ) -> Iterator[tuple[Piece, Tensor]]:
-        """Send and receive groups of pieces by site; ``keep`` is what else is alive now."""
-        send, receive = [[self._num_bytes(group) for group in groups] for groups in (to, come)]
-        inbox = self.transport.all_to_all(outbox, send, receive)
-        for site, group in enumerate(to):
-            for piece in group:  # what a site sends to itself crosses no link
-                crossing = self.codec.num_bytes(piece.num_elements) if site != self.site else 0
-                self.ledger.sent(piece.traffic_class, crossing)
-        scratch = tensor_bytes([inbox, outbox, *keep], besides=self.borrowed)
-        self.peak_scratch_bytes = max(self.peak_scratch_bytes, scratch)
-        for group, payload in zip(come, torch.split(inbox, receive), strict=True):
-            values = self.codec.decode(payload, [piece.num_elements for piece in group])
-            yield from zip(group, values, strict=True)
+        self, parcel: Parcel, come: Sequence[Sequence[Piece]]
+    ) -> dict[tuple[int, Piece], Tensor]:
+        """Send, and receive groups of pieces by site; returns payloads by sender and piece.
+
+        Leaves the parcel empty.
+        """
+        receive = self._sizes(come)
+        inbox = self.scratch.track(self.transport.all_to_all(parcel.outbox, parcel.send, receive))
+        for traffic_class, num_bytes in parcel.bytes_by_class.items():
+            self.ledger.sent(traffic_class, num_bytes)
+        payloads = {(self.site, piece): payload for piece, payload in parcel.stays.items()}
+        for site, (group, part) in enumerate(zip(come, torch.split(inbox, receive), strict=True)):
+            if site != self.site:
+                payloads |= {(site, piece): slot for piece, slot in self._cut(part, group)}
+        parcel.empty()
+        return payloads
+
+    def _cut(self, buffer: Tensor, group: Sequence[Piece]) -> Iterable[tuple[Piece, Tensor]]:
+        """The parts of a buffer that pieces take up, one after the other."""
+        sizes = [self.codec.num_bytes(piece.num_elements) for piece in group]
+        return zip(group, torch.split(buffer, sizes), strict=True)
 
 
-def _joined(chunks: Iterable[Tensor]) -> Tensor:
-    parts = list(chunks)
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+def _part(piece: Piece, values: Mapping[str, Tensor]) -> Tensor:
+    """A piece of the tensors, given by name, flat."""
+    return values[piece.tensor].reshape(-1)[piece.start : piece.stop]

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe.federation.memory import host_buffer
+
 __all__ = ["GroupTransport", "Transport"]
 
 
@@ -50,7 +52,7 @@ class GroupTransport:
         return [theirs.tolist() for theirs in everyone]
 
     def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        inbox = outbox.new_empty(sum(receive))
+        inbox = host_buffer(sum(receive))
         begin = time.perf_counter()
         dist.all_to_all_single(inbox, outbox, receive, send, group=self.group)
         self.seconds += time.perf_counter() - begin

@@ -32,7 +32,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> None:
 
 def render(runs: Sequence[Run]) -> str:
     """The HTML page as text; it refers to nothing outside itself."""
-    jinja2, plots = _import_extra()
+    jinja2, plots, routing_plots = _import_extra()
     from fomoe.federation.report import tables
 
     template = files("fomoe.federation.report").joinpath("template.html").read_text("utf-8")
@@ -42,24 +42,25 @@ def render(runs: Sequence[Run]) -> str:
     page: str = environment.from_string(template).render(
         rows=[tables.row(run, runs) for run in runs],
         references=tables.references(runs[0]),
+        token=runs[0].summary["token"],
         facts=tables.facts(runs),
         findings=tables.findings(runs),
         warnings=tables.warnings(runs),
         figures=plots.figures(runs),
-        routing=plots.routing_figures(runs),
+        routing=routing_plots.routing_figures(runs),
     )
     return page
 
 
-def _import_extra() -> tuple[ModuleType, ModuleType]:
+def _import_extra() -> tuple[ModuleType, ModuleType, ModuleType]:
     """jinja2, and the plots that need matplotlib: only a report needs them, no training run."""
     try:
         import jinja2
 
-        from fomoe.federation.report import plots
+        from fomoe.federation.report import plots, routing_plots
     except ModuleNotFoundError as error:
         raise UserError(
             f"a report needs {str(error.name).partition('.')[0]}, which is not installed: "
             "pip install 'fomoe[report]'"
         ) from None
-    return jinja2, plots
+    return jinja2, plots, routing_plots

@@ -1,68 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a report, each as inline SVG text. Losses are nats per byte."""
+"""The figures of a report, each as inline SVG text. Losses are nats per token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from fomoe.federation.report.runs import Run
+from fomoe.federation.report.plot import Plot
+from fomoe.federation.report.runs import Run, step_loss
 from fomoe.federation.report.style import color_of
 from fomoe.federation.report.svg import (
     BASELINE,
     class_colors,
-    colormap,
     format_bytes_axis,
     new_figure,
-    shades,
     style,
     to_svg,
-    whole_numbers,
 )
 from fomoe.units import human_bytes
 
-__all__ = ["Plot", "figures", "routing_figures"]
+__all__ = ["figures"]
 
 _LINE_STYLES = ("-", "--", ":", "-.")
 _MAX_POINTS = 800
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A figure: heading, what it shows, and the SVG element."""
-
-    title: str
-    caption: str
-    svg: str
 
 
 def figures(runs: Sequence[Run]) -> list[Plot]:
     """Loss against steps and bytes, traffic and memory, for all runs together."""
     with style():
         return _figures(runs, _window(runs))
-
-
-def routing_figures(runs: Sequence[Run]) -> list[Plot]:
-    """Router health of each run that recorded it, on the same scales."""
-    recorded = [run for run in runs if run.rounds and run.rounds[-1]["routing"]]
-    layers = [layer for run in recorded for each in run.rounds for layer in each["routing"]]
-    lowest = min((layer["load_entropy"] for layer in layers), default=0.0)
-    highest = max((layer["load_variation"] for layer in layers), default=1.0)
-    with style():
-        return [
-            Plot(
-                title=run.label,
-                caption=f"Overlap {run.summary['overlap']} of {run.sites} sites.",
-                svg=to_svg(_routing(run, lowest, highest), f"routing-{index}"),
-            )
-            for index, run in enumerate(recorded)
-        ]
 
 
 def _figures(runs: Sequence[Run], window: int) -> list[Plot]:
@@ -95,7 +65,7 @@ def _figures(runs: Sequence[Run], window: int) -> list[Plot]:
 def _loss_by_step(runs: Sequence[Run], window: int) -> Figure:
     figure, (axes,) = new_figure(1)
     for run, line_style in zip(runs, _styles(runs), strict=True):
-        losses = np.array([np.mean(step["losses"]) for step in run.steps])
+        losses = np.array([step_loss(step) for step in run.steps])
         if len(losses):
             steps = np.array([step["step"] + 1 for step in run.steps])
             mean = _running_mean(losses, window)
@@ -107,7 +77,7 @@ def _loss_by_step(runs: Sequence[Run], window: int) -> Figure:
             )
         _dots(axes, run, [(each.step, each.loss) for each in run.evaluations])
     _baseline(axes, runs)
-    axes.set(xlabel="optimizer steps", ylabel="loss (nats per byte)", xlim=(0, None))
+    axes.set(xlabel="optimizer steps", ylabel=_loss_label(runs), xlim=(0, None))
     axes.legend()
     return figure
 
@@ -130,7 +100,7 @@ def _loss_by_bytes(runs: Sequence[Run]) -> Figure:
         axes.set_xscale("log")
         axes.legend()
     format_bytes_axis(axes.xaxis)
-    axes.set(xlabel="bytes sent per site (log scale)", ylabel="loss (nats per byte)")
+    axes.set(xlabel="bytes sent per site (log scale)", ylabel=_loss_label(runs))
     return figure
 
 
@@ -200,48 +170,6 @@ def _memory(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _routing(run: Run, lowest: float, highest: float) -> Figure:
-    figure, (entropy, variation, heat) = new_figure(3, columns=3, width=11.2, height=2.7)
-    last = run.rounds[-1]["routing"]
-    rounds = [each["round"] + 1 for each in run.rounds]
-    colors = shades(color_of(run), len(last))
-    for index, (layer, color) in enumerate(zip(last, colors, strict=True)):
-        name = f"layer {layer['layer']}" if index in (0, len(last) - 1) or len(last) <= 6 else None
-        for axes, key in ((entropy, "load_entropy"), (variation, "load_variation")):
-            values = [each["routing"][index][key] for each in run.rounds]
-            axes.plot(rounds, values, color=color, label=name, marker="o", markersize=2.5)
-    entropy.set(title="load entropy (1 = even)", ylim=(lowest - 0.1 * (1 - lowest), 1.0))
-    variation.set(title="load variation, std / mean (0 = even)", ylim=(0, 1.05 * highest or 1))
-    entropy.legend(loc="best")
-    for axes in (entropy, variation):
-        axes.set_xlabel("round")
-        whole_numbers(axes.xaxis)
-    _heatmap(figure, heat, run)
-    return figure
-
-
-def _heatmap(figure: Figure, axes: Axes, run: Run) -> None:
-    """Load of every expert in the last round, 1 when all of a layer get the same."""
-    layers = run.rounds[-1]["routing"]
-    load = np.array([layer["load"] for layer in layers], dtype=float)
-    share = load / np.maximum(load.sum(axis=1, keepdims=True), 1e-30) * load.shape[1]
-    image = axes.imshow(
-        share,
-        aspect="auto",
-        cmap=colormap(color_of(run)),
-        norm=TwoSlopeNorm(vmin=0, vcenter=1, vmax=max(2.0, float(share.max()))),
-        interpolation="nearest",
-    )
-    axes.set(xlabel="expert", ylabel="layer", title="load of the last round (1 = even share)")
-    axes.grid(visible=False)
-    whole_numbers(axes.xaxis)
-    whole_numbers(axes.yaxis)
-    bar = figure.colorbar(image, ax=axes, pad=0.02)
-    bar.outline.set_visible(False)
-    bar.locator = MaxNLocator(4)
-    bar.ax.tick_params(length=0)
-
-
 def _dots(axes: Axes, run: Run, points: Sequence[tuple[float, float]]) -> None:
     if points:
         x, y = zip(*points, strict=True)
@@ -249,7 +177,13 @@ def _dots(axes: Axes, run: Run, points: Sequence[tuple[float, float]]) -> None:
 
 
 def _baseline(axes: Axes, runs: Sequence[Run]) -> None:
-    axes.axhline(runs[0].summary["bigram_entropy"], label="bigram entropy", **BASELINE)
+    bigram_entropy = runs[0].summary["bigram_entropy"]
+    if bigram_entropy is not None:
+        axes.axhline(bigram_entropy, label="bigram entropy", **BASELINE)
+
+
+def _loss_label(runs: Sequence[Run]) -> str:
+    return f"loss (nats per {runs[0].summary['token']})"
 
 
 def _run_ticks(axes: Axes, runs: Sequence[Run]) -> None:

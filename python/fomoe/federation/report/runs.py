@@ -3,7 +3,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean as mean
@@ -12,7 +12,7 @@ from typing import Any
 from fomoe.errors import UserError
 from fomoe.federation.ledger import EXCHANGE_CLASSES
 
-__all__ = ["Evaluation", "Run", "read_runs"]
+__all__ = ["Evaluation", "Run", "read_runs", "step_loss"]
 
 _SUMMARY_KEYS = (
     "strategy",
@@ -24,12 +24,14 @@ _SUMMARY_KEYS = (
     "commit",
     "corpus_sha256",
     "corpus_bytes",
+    "token",
     "unigram_entropy",
     "bigram_entropy",
     "loss",
     "site_losses",
     "tokens_per_second",
     "ghost_share",
+    "routing_findings",
     "bytes_per_site",
     "bytes_by_class",
     "memory_per_site",
@@ -41,12 +43,13 @@ _METRIC_KEYS = {
     "step": ["step", "losses"],
     "round": ["round", "bytes_total", "routing"],
     "evaluation": ["round", "loss"],
+    "warning": ["round", "sentence"],
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Loss of the assembled model (nats per byte), and where training stood: steps and bytes."""
+    """Loss of the assembled model (nats per token), and where training stood: steps and bytes."""
 
     step: int
     bytes_total: int
@@ -106,6 +109,12 @@ class Run:
         return int(max(site["peak_rss"] for site in self.summary["memory_per_site"]))
 
 
+def step_loss(step: Mapping[str, Any]) -> float:
+    """Mean over the sites of a line of kind "step"; NaN if none had a finite one."""
+    finite = [loss for loss in step["losses"] if loss is not None]
+    return mean(finite) if finite else math.nan
+
+
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Reads finished runs, in the given order.
 
@@ -148,16 +157,17 @@ def _read_run(folder: Path, label: str, summary: dict[str, Any]) -> Run:
     for place, line in _json_lines(folder / "metrics.jsonl"):
         kind = line.get("kind")
         if kind not in _METRIC_KEYS:
-            raise UserError(f"{place}: expected kind step, round or evaluation, got {kind!r}")
+            raise UserError(f"{place}: expected kind {', '.join(_METRIC_KEYS)}, got {kind!r}")
         _require(line, _METRIC_KEYS[kind], place)
         if kind == "step":
             steps.append(line)
         elif kind == "round":
             rounds.append(line)
-            losses = [mean(step["losses"]) for step in steps[first_of_round:]]
-            round_losses.append(mean(losses) if losses else math.nan)
+            losses = [step_loss(step) for step in steps[first_of_round:]]
+            finite = [loss for loss in losses if math.isfinite(loss)]
+            round_losses.append(mean(finite) if finite else math.nan)
             first_of_round = len(steps)
-        else:  # an evaluation belongs to the state that the lines before it left behind
+        elif kind == "evaluation":  # it belongs to the state that the lines before it left behind
             evaluations.append(
                 Evaluation(
                     step=steps[-1]["step"] + 1 if steps else 0,

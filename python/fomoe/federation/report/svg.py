@@ -26,6 +26,7 @@ __all__ = [
     "format_bytes_axis",
     "new_figure",
     "shades",
+    "site_colors",
     "style",
     "to_svg",
     "whole_numbers",
@@ -72,6 +73,17 @@ _STYLE: Any = {
 }
 
 
+# Tol's muted palette, which colour-blind readers tell apart; none is a strategy's.
+_SITES = (
+    "#332288",
+    "#88ccee",
+    "#117733",
+    "#ddcc77",
+    "#cc6677",
+    "#44aa99",
+    "#882255",
+    "#999933",
+)
 _CLASSES = ("#27374d", "#5f7a99", "#a8bbcf", "#e6d9bd", "#c8a862", "#87692f")
 
 
@@ -112,6 +124,11 @@ def shades(color: str, count: int) -> list[str]:
     """`count` colours from a light tint of `color` to a dark shade."""
     scale = LinearSegmentedColormap.from_list("shades", ["#ffffff", color, "#000000"])
     return [to_hex(scale(0.25 + 0.45 * i / max(1, count - 1))) for i in range(count)]
+
+
+def site_colors(count: int) -> list[str]:
+    """A colour per site; beyond eight they repeat."""
+    return [_SITES[site % len(_SITES)] for site in range(count)]
 
 
 def colormap(color: str) -> LinearSegmentedColormap:

@@ -12,6 +12,7 @@ __all__ = ["facts", "findings", "references", "row", "warnings"]
 
 _SHARED_FACTS = {
     "corpus_sha256": "text",
+    "token": "what a token is",
     "seed": "seed",
     "commit": "commit",
     "sites": "number of sites",
@@ -44,6 +45,8 @@ def row(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
 
 def references(run: Run) -> list[tuple[str, str]]:
     """(name, loss) of what the text alone allows to a model without context or with one byte."""
+    if run.summary["bigram_entropy"] is None:  # streams are not read to the end for it
+        return []
     return [
         ("bigram entropy of the text", f"{run.summary['bigram_entropy']:.3f}"),
         ("unigram entropy of the text", f"{run.summary['unigram_entropy']:.3f}"),
@@ -80,6 +83,8 @@ def findings(runs: Sequence[Run]) -> list[str]:
                 f"tensor memory per site; its loss is "
                 f"{_change(fomoe.summary['loss'], diloco.summary['loss'], 'lower', 'higher')}."
             )
+    if any(run.summary["bigram_entropy"] is None for run in runs):
+        return sentences
     above = [run.label for run in runs if run.summary["loss"] >= run.summary["bigram_entropy"]]
     if above:
         sentences.append(f"Not below the text's bigram entropy: {', '.join(above)}.")
@@ -104,7 +109,23 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             for name in sorted(by_class.keys() | run.ledger_bytes.keys())
             if run.ledger_bytes.get(name, 0) != by_class.get(name, 0)
         ]
+        found += _routing_warnings(run)
     return found
+
+
+def _routing_warnings(run: Run) -> list[str]:
+    """A sentence per kind of finding: the first one's, and in how many layers there are more."""
+    by_kind: dict[str, list[dict[str, Any]]] = {}
+    for finding in run.summary["routing_findings"]:
+        by_kind.setdefault(finding["kind"], []).append(finding)
+    sentences = []
+    for first, *others in by_kind.values():
+        layers = ", ".join(str(finding["layer"]) for finding in others)
+        more = f" The same in layer {layers}." if len(others) == 1 else ""
+        if len(others) > 1:
+            more = f" The same in {len(others)} more layers: {layers}."
+        sentences.append(f"{run.label}, round {first['round']}: {first['sentence']}.{more}")
+    return sentences
 
 
 def _change(value: float, base: float, less: str = "less", more: str = "more") -> str:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Starts the site processes, listens to them, and ends them all, however the run ends."""
 
-import json
 import multiprocessing
 import signal
 import time
@@ -12,12 +11,13 @@ from multiprocessing.context import ForkServerProcess
 from typing import Any, Self
 
 from fomoe.errors import SiteFailed, UserError
-from fomoe.federation.site_process import SiteOrder, run_site
+from fomoe.federation.launch.channel import decode
+from fomoe.federation.launch.site_process import SiteOrder, run_site
 
 __all__ = ["SiteProcesses"]
 
 # torch imports the second at the first optimizer step, which takes every site seconds.
-_PRELOADED = ["fomoe.federation.site_process", "torch._dynamo"]
+_PRELOADED = ["fomoe.federation.launch.site_process", "torch._dynamo"]
 _SECONDS_FOR_THE_FIRST_CAUSE = 1.0
 _SECONDS_TO_END = 30.0
 
@@ -33,6 +33,7 @@ class SiteProcesses:
         self._orders = orders
         self._pipes: list[connection.Connection[Any, Any]] = []
         self.processes: list[ForkServerProcess] = []
+        self._lost: str | None = None
 
     def __enter__(self) -> Self:
         context = multiprocessing.get_context("forkserver")
@@ -53,6 +54,16 @@ class SiteProcesses:
 
     def __exit__(self, *exception: object) -> None:
         self._kill()
+
+    def lose(self, sentence: str) -> None:
+        """End all sites because one is lost, as ``sentence`` says; for any thread to call.
+
+        The thread that follows the messages finds them gone, whatever it was waiting for, and
+        raises SiteFailed with this sentence.
+        """
+        self._lost = sentence
+        for process in self.processes:
+            process.kill()  # a process that is stopped, too
 
     def _kill(self) -> None:
         for process in self.processes:
@@ -110,13 +121,14 @@ class SiteProcesses:
     def _receive(self, site: int) -> dict[str, Any] | None:
         """The next message of a site, or None when its process is gone."""
         try:
-            message: dict[str, Any] = json.loads(self._pipes[site].recv_bytes())
-            return message
+            return decode(self._pipes[site].recv_bytes())
         except (EOFError, OSError):
             return None
 
     def _fail(self, failures: dict[int, dict[str, Any] | None]) -> None:
         """Raise for the site that failed first, not for a neighbour it took down with it."""
+        if self._lost is not None:
+            raise SiteFailed(self._lost)
         deadline = time.monotonic() + _SECONDS_FOR_THE_FIRST_CAUSE
         while (left := deadline - time.monotonic()) > 0 and len(failures) < len(self._pipes):
             waiting = {pipe: site for site, pipe in enumerate(self._pipes) if site not in failures}
@@ -136,7 +148,7 @@ class SiteProcesses:
         echoes = sorted(failures, key=lambda s: "distributed" in str(failures[s]).lower())
         first = failures[echoes[0]]
         assert first is not None
-        raise SiteFailed(f"site {echoes[0]} failed: {first['reason']}\n{first['trace']}")
+        raise SiteFailed(f"site {echoes[0]} failed: {first['reason']}", first["trace"])
 
     def _how_it_ended(self, site: int) -> str:
         process = self.processes[site]

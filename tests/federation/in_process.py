@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A federation whose sites are threads of one process; any call of the transport can fail."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fomoe.federation.exchange import Attendance, Exchange, Piece, Results
+from fomoe.federation.ledger import SiteLedger
+from fomoe.federation.site import Site
+
+_Result = TypeVar("_Result")
+
+
+class Network:
+    """What the transports of one federation have in common."""
+
+    def __init__(self, sites: int) -> None:
+        self.sites = sites
+        self.barrier = threading.Barrier(sites, timeout=60)
+        self.board: dict[int, Any] = {}
+
+
+class ThreadTransport:
+    """One site's access; ``before_call`` runs first in every call and may raise."""
+
+    def __init__(
+        self, network: Network, site: int, before_call: Callable[[], None] = lambda: None
+    ) -> None:
+        self.network = network
+        self.site = site
+        self.sites = network.sites
+        self.seconds = 0.0
+        self.before_call = before_call
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        everyone = self._exchange(list(values))
+        assert len({len(theirs) for theirs in everyone}) == 1
+        return everyone
+
+    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        assert outbox.dtype == torch.uint8
+        assert sum(send) == outbox.numel()
+        parts = self._exchange(torch.split(outbox.clone(), send))
+        mine = [parts[site][self.site] for site in range(self.sites)]
+        assert [part.numel() for part in mine] == receive
+        return torch.cat(mine)
+
+    def _exchange(self, mine: Any) -> list[Any]:
+        self.before_call()
+        self.network.board[self.site] = mine
+        self.network.barrier.wait()
+        everyone = [self.network.board[site] for site in range(self.sites)]
+        self.network.barrier.wait()
+        return everyone
+
+
+def run_sites(
+    sites: int,
+    work: Callable[[ThreadTransport], _Result],
+    before_call: Callable[[int], Callable[[], None]] = lambda site: lambda: None,
+) -> list[_Result]:
+    """What ``work`` returns at every site; raises what the first site to fail raised."""
+    network, results, errors = Network(sites), {}, []
+
+    def run(site: int) -> None:
+        torch.set_num_threads(1)
+        try:
+            results[site] = work(ThreadTransport(network, site, before_call(site)))
+        except BaseException as error:
+            if not isinstance(error, threading.BrokenBarrierError):
+                errors.append(error)
+            network.barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(site,)) for site in range(sites)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return [results[site] for site in range(sites)]
+
+
+def train_in_threads(config: Any, task: Any) -> list[Site]:
+    """All rounds of a run without coordinator and files."""
+
+    def work(transport: ThreadTransport) -> Site:
+        site = Site(config, task, transport)
+        for _ in range(config.federation.rounds):
+            site.begin_round()
+            for _ in range(config.federation.local_steps):
+                site.local_step()
+            site.end_round()
+        return site
+
+    return run_sites(config.federation.sites, work)
+
+
+def values_of(results: Results, pieces: Sequence[Piece]) -> dict[str, Tensor]:
+    """The results by tensor name, flat."""
+    ends = {piece.tensor: piece.stop for piece in pieces}
+    values = {name: torch.empty(ends[name]) for name in results}
+    for name, value in values.items():
+        results.write(name, value)
+    return values
+
+
+def meet(
+    pieces: Callable[[int], Sequence[Piece]],
+    values: Callable[[int], dict[str, Tensor]],
+    codec: Any,
+    tokens: Sequence[int],
+    rejected: Sequence[int] = (),
+) -> list[dict[str, Tensor]]:
+    """One exchange of means; the results by site."""
+
+    def work(transport: ThreadTransport) -> dict[str, Tensor]:
+        site = transport.site
+        exchange = Exchange(pieces(site), transport, SiteLedger(), codec)
+        attendance: Attendance = exchange.attend(tokens[site], rejected=site in rejected)
+        means = exchange.reduce(exchange.pack(values(site)), attendance)
+        return values_of(exchange.distribute(means, attendance), exchange.pieces)
+
+    return run_sites(len(tokens), work)
