@@ -336,7 +336,6 @@ def test_nesterov_by_hand():
 
 
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])
-@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8", "int4"])
 def test_a_site_with_something_not_finite_only_receives(codec):
     start, lost = {"x": torch.tensor([0.0]), "y": torch.tensor([8.0])}, defaultdict(float)
     views = [{"x": torch.tensor([1.0])}, {"x": torch.tensor([5.0]), "y": torch.tensor([math.inf])}]
