@@ -241,16 +241,17 @@ def test_nothing_and_next_to_nothing_become_zero(codec):
 
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
 def test_what_was_sent_and_what_is_still_lost_are_what_was_meant(codec):
-    """Up from the sites and down from the owner, over many rounds."""
+    """Up from two sites and down from the owner, over many rounds."""
     generator = torch.Generator().manual_seed(0)
     lost, start, meant = defaultdict(float), {"x": torch.zeros(2, 200)}, torch.zeros(2, 200)
     for _ in range(20):
-        delta = torch.randn(2, 200, generator=generator)
-        meet([{"x": start["x"] - delta}], [1.0], start, lost=lost, outer="average", codec=codec)
-        meant = meant - delta
-    residual = lost[0, "x"] + lost["x"]
-    assert residual.abs().max() > 1e-3
-    torch.testing.assert_close(start["x"] - residual, meant, rtol=0, atol=2e-5)
+        deltas = torch.randn(2, 2, 200, generator=generator)
+        views = [{"x": start["x"] - delta} for delta in deltas]
+        meet(views, [1.0, 3.0], start, lost=lost, outer="average", codec=codec)
+        meant = meant - (deltas[0] + 3 * deltas[1]) / 4
+    up, down = (lost[0, "x"] + 3 * lost[1, "x"]) / 4, lost["x"]
+    assert min(up.abs().max(), down.abs().max()) > 1e-3
+    torch.testing.assert_close(start["x"] - up - down, meant, rtol=0, atol=2e-5)
 
 
 # --- the exchange ---------------------------------------------------------------------------------
