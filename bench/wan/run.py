@@ -149,6 +149,7 @@ def plot(results: Sequence[dict[str, Any]], link: Link, path: Path) -> None:
         axes.barh(names, computing, color="#94a3b8", label="everything else")
         axes.barh(names, exchanging, left=computing, color="#0f766e", label="exchange")
         axes.invert_yaxis()
+        figure.set_facecolor("white")
         axes.set_xlabel(
             f"seconds per round, four sites, {link.rate / 1e6:.0f} Mbit/s, "
             f"{link.delay * 1e3:.0f} ms one way"
