@@ -19,7 +19,7 @@ import hashlib
 import math
 import random
 import re
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import make_dataclass
 from pydoc_data.topics import topics
@@ -51,7 +51,6 @@ SETTINGS = dict(
 )  # fmt: skip
 FIELDS, HERE = [(k, type(v), v) for k, v in SETTINGS.items()], {"__module__": __name__}
 Config = make_dataclass("Config", FIELDS, frozen=True, kw_only=True, namespace=HERE)
-Site = namedtuple("Site", "model tensors state")  # both by name: views, and AdamW's state and more
 Result = namedtuple("Result", "parameters momenta sites losses ghost_share bytes_per_site rejected")
 
 
@@ -154,17 +153,17 @@ def placement(c: Config, t: int) -> dict[tuple[int, int], tuple[int, ...]]:
     o, draw = c.sites if everywhere else c.overlap, (t - c.full_replica_rounds) // c.shuffle_every
     if not 1 <= o <= c.sites or c.num_experts * o % c.sites:
         raise ValueError(f"overlap {o}: need 1..sites, and num_experts * overlap % sites == 0")
-    table = {(i, e): () for i in range(c.num_layers) for e in range(c.num_experts)}
+    table = {}
     for i in range(c.num_layers):
         rng, load = random.Random(f"{c.seed}:placement:{draw}:{i}"), Counter()
         for e in sorted(range(c.num_experts), key=lambda _: rng.random()):
             order = [(e * o + i + j) % c.sites for j in range(c.sites)]
-            if c.placement == "random":  # to those that hold fewest so far
+            if c.placement == "random":  # shuffled, and then those first that hold fewest so far
                 order = sorted(range(c.sites), key=lambda _: rng.random())
                 order.sort(key=load.__getitem__)
-            load.update(order[:o])
             table[i, e] = tuple(sorted(order[:o]))
-    return table
+            load.update(table[i, e])
+    return dict(sorted(table.items()))
 
 
 def residents(c: Config, site: int, t: int = 0) -> tuple[tuple[int, ...], ...]:
@@ -184,51 +183,78 @@ def encode_decode(x: Tensor, codec: str) -> tuple[Tensor, int]:
     return y.flatten()[: x.numel()].view_as(x), len(blocks) * block_bytes
 
 
-def exchange(offers: list[dict], tokens: list[float], failed: set[int]) -> dict[str, Tensor]:
-    """Mean of each tensor over the sites that offer it, in order, by tokens (our choice)."""
-    failed |= {s for s, x in enumerate(offers) if not all(y.isfinite().all() for y in x.values())}
-    if len(failed) == len(offers):
+def expert_of(name: str) -> tuple[int, ...]:
+    """layers.3.moe.experts.17.w1 -> (3, 17); the name of a shared tensor has no second number."""
+    return tuple(map(int, re.findall(r"\d+", name)))[:2]
+
+
+def exchange(given: list[tuple[Tensor, float]]) -> Tensor:
+    """(sum of n_i x_i) / (sum of n_i) over sites in order; a single x is copied. Our choice."""
+    first, *rest = [x * n for x, n in given]
+    return sum(rest, first) / sum(n for _, n in given) if rest else given[0][0].clone()
+
+
+def meet(c: Config, views: list[dict], start: dict, table: dict, tokens: list[float],
+         failed: set[int], momenta: dict, lost: dict) -> int:  # fmt: skip
+    """Every site's values become their mean, or start minus an outer step. Returns the traffic."""
+    averages, traffic = c.strategy == "ddp" or (c.outer != "nesterov" and c.codec == "fp32"), 0
+    failed |= {s for s, x in enumerate(views) if not all(y.isfinite().all() for y in x.values())}
+    if len(failed) == c.sites:
         raise ValueError("no site is left whose values are finite")
-    means, live = {}, [(x, n) for s, (x, n) in enumerate(zip(offers, tokens, strict=True)) if s not in failed]
-    for name in dict.fromkeys(name for offer, _ in live for name in offer):
-        (x, n), *rest = [(offer[name], n) for offer, n in live if name in offer]
-        total = sum((y * m for y, m in rest), x * n) / (n + sum(m for _, m in rest))
-        means[name] = total if rest else x.clone()
-    return means
+    for n in dict.fromkeys(n for view in views for n in view):
+        rows = {s: view[n] for s, view in enumerate(views) if n in view}
+        holders, given, size = table.get(expert_of(n), tuple(rows)), [], 0
+        for s in holders if c.router_mean == "holders" else rows:
+            offer = rows[s] if averages else start[n] - rows[s] + lost[s, n]
+            sent, size = encode_decode(offer, c.codec)
+            traffic += size
+            if s not in failed:
+                given.append((sent, tokens[s]))
+                lost[s, n] = offer - sent
+        if given:
+            new = exchange(given)
+            if not averages:
+                if c.scale_expert_steps and len(rows) == len(holders):
+                    new = new * math.sqrt(len(holders) / c.sites)
+                if c.router_mean == "rescaled":  # only rows of the full router have more rows
+                    new = new * (len(rows) / len(holders))
+                if c.outer == "nesterov":
+                    momenta[n] = momenta.get(n, 0.0) * c.outer_momentum + new
+                    new = (new + momenta[n] * c.outer_momentum) * c.outer_lr
+                step = new + lost[n]
+                sent, _ = encode_decode(step, c.codec)
+                lost[n], new = step - sent, start[n] - sent
+        for x in rows.values():
+            x.copy_(new if given else start.get(n, x))
+        traffic += size * (len(rows) - 2)  # an owner's messages to itself cross no link
+    return traffic
 
 
 def train(c: Config, batches: Callable, model_factory: Callable = Model) -> Result:
     """batches(site, step) -> (B, S + 1) int64; model_factory(config, resident): as Model."""
     values = dict(tensors(initialize(model_factory(c, None).to(c.dtype), c.seed)))
-    place = {n: tuple(map(int, re.findall(r"\d+", n)))[:2] for n in values}  # (layer, expert), or 1
     adamw, kinds = {"betas": c.betas, "eps": c.eps}, ("exp_avg", "exp_avg_sq")
     make, options = {"adamw": (torch.optim.AdamW, adamw), "sgd": (torch.optim.SGD, {})}[c.inner]
     options |= {"weight_decay": c.weight_decay, "foreach": False, "fused": False}
-    averages = c.outer != "nesterov" and c.codec == "fp32"  # the values, not how they moved
-    sites, owner, momenta, lost = [Site(None, {}, {})] * c.sites, {}, {}, {}
-    history, steps = [], c.rounds * c.local_steps
+    state, age = defaultdict(dict), defaultdict(lambda: math.inf)  # by (site, name): AdamW's, steps
+    sites, owner, momenta, lost, history = [(None, {})] * c.sites, {}, {}, defaultdict(float), []
     for t in range(c.rounds):
-        # 1. Placement: what a site did not hold is fetched; momentum, but not AdamW's state, moves.
         table, old, owner, traffic = placement(c, t), owner, {}, 0
-        for expert, holders in table.items():  # the holder that owns fewest so far
+        for expert, holders in table.items():  # it averages, and keeps the momentum
             owner[expert] = min(holders, key=[*owner.values()].count)
-        for s, (_, _, kept) in enumerate(sites):
+        for s, (_, before) in enumerate(sites):
             model = assemble(model_factory(c, residents(c, s, t)).to(c.dtype), values)
-            sites[s] = Site(model, dict(tensors(model)), {})
-            for n, x in sites[s].tensors.items():
-                new = {k: torch.zeros_like(x) for k in (*kinds, "lost")}
-                new |= {"step": torch.zeros(()), "age": 0 if t else math.inf}
-                sites[s].state[n] = kept.get(n, new)
-                traffic += x.nbytes * (t > 0 and n not in kept)
-        for n, x in values.items():
-            if old.get(place[n]) != owner.get(place[n]):
-                lost.pop(n, None)
-                traffic += x.nbytes * (n in momenta)
-        holders = {n: table.get(place[n], range(c.sites)) for n in values}
-        # 2. Local steps.
-        seen, rejected, failed, tokens = [], set(), set(), [0.0] * c.sites
+            sites[s] = model, dict(tensors(model))
+            for n in sites[s][1].keys() - before.keys() if t else ():  # fetched
+                state[s, n], age[s, n], lost[s, n] = {}, 0, 0.0
+                traffic += values[n].nbytes
+        for n in values:
+            if t and old.get(expert_of(n)) != owner.get(expert_of(n)):
+                lost[n] = 0.0
+                traffic += momenta[n].nbytes if n in momenta else 0
+        losses, rejected, failed, tokens = [], set(), set(), [0.0] * c.sites
         for step in range(t * c.local_steps, (t + 1) * c.local_steps):
-            for s, (model, _, _) in enumerate(sites):
+            for s, (model, _) in enumerate(sites):
                 if s not in failed:
                     model.zero_grad()
                     batch = batches(s, step)
@@ -236,96 +262,49 @@ def train(c: Config, batches: Callable, model_factory: Callable = Model) -> Resu
                     loss, moes = F.cross_entropy(logits, labels), [x.moe for x in model.layers]
                     (loss + sum(moe.auxiliary_loss for moe in moes)).backward()
                     tokens[s] += labels.numel()
-                    seen.append((loss.item(), sum(moe.ghost_share for moe in moes) / len(moes)))
+                    losses.append((loss.item(), sum(moe.ghost_share for moe in moes) / len(moes)))
                     failed |= set() if loss.isfinite() else {s}
             if c.strategy == "ddp":
-                gradients = [dict(tensors(model, lambda p: p.grad)) for model, _, _ in sites]
-                means = exchange(gradients, tokens, failed)
-                for n, x in ((n, x) for view in gradients for n, x in view.items()):
-                    x.copy_(means[n])
+                gradients = [dict(tensors(model, lambda p: p.grad)) for model, _ in sites]
+                traffic += meet(c, gradients, {}, table, tokens, failed, momenta, lost)
                 rejected, failed, tokens = rejected | failed, set(), [0.0] * c.sites
-            progress = (step - c.warmup) / max(1, steps - c.warmup)
+            progress = (step - c.warmup) / max(1, c.rounds * c.local_steps - c.warmup)
             decay = c.min_ratio + (1 - c.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
             lr = c.lr * ((step + 1) / c.warmup if step < c.warmup else decay)
-            for s, (model, views, state) in enumerate(sites):
+            for s, (model, views) in enumerate(sites):
                 if s not in failed:
                     nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-                    groups = []
                     for n, gradient in tensors(model, lambda p: p.grad):
-                        views[n].grad, state[n]["age"] = gradient, state[n]["age"] + 1
-                        warm = min(1, state[n]["age"] / max(1, c.moved_warmup_steps))
-                        groups.append({"params": [views[n]], "lr": lr * warm})
-                    optimizer = make(groups, **options)
-                    optimizer.state.update((views[n], state[n]) for n in views)
-                    optimizer.step()
-        # 3. The meeting: mean, outer step, and everybody receives the result.
-        views = [dict(x.tensors) for x in sites]
-        for site, view in zip(sites, views, strict=True):
-            for k in kinds if c.outer == "local_adamw" else ():
-                view |= {f"{k}/{n}": state[k] for n, state in site.state.items()}
-        givers = holders if c.router_mean == "holders" else {}
-        size = {n: encode_decode(x, c.codec)[1] for view in views for n, x in view.items()}
+                        age[s, n] += 1
+                        warm = min(1, age[s, n] / max(1, c.moved_warmup_steps))
+                        optimizer = make([views[n]], lr=lr * warm, **options)
+                        optimizer.state[views[n]], views[n].grad = state[s, n], gradient
+                        optimizer.step()
         if c.strategy != "ddp":
-            meant, sent = [], []
-            for s, view in enumerate(views):
-                meant.append({})
-                for n, x in view.items():
-                    if s in givers.get(n.rpartition("/")[2], range(c.sites)):
-                        moved = x if averages else values[n] - x + sites[s].state[n]["lost"]
-                        meant[s][n] = moved
-                sent.append({n: encode_decode(x, c.codec)[0] for n, x in meant[s].items()})
-            results = exchange(sent, tokens, failed)
-            for s in set(range(c.sites)) - failed:
-                for n in sent[s] if not averages else ():
-                    sites[s].state[n]["lost"] = meant[s][n] - sent[s][n]
-            for n, delta in () if averages else results.items():
-                here = sum(n in view for view in views)
-                if here > len(holders[n]):  # a row of the full router
-                    factor = c.sites / len(holders[n]) if c.router_mean == "rescaled" else 1
-                else:
-                    factor = math.sqrt(len(holders[n]) / c.sites) if c.scale_expert_steps else 1
-                step = delta * factor
-                if c.outer == "nesterov":
-                    momenta[n] = momenta.get(n, 0.0) * c.outer_momentum + step
-                    step = (step + momenta[n] * c.outer_momentum) * c.outer_lr
-                step = step + lost.get(n, 0.0)
-                arrived = encode_decode(step, c.codec)[0]
-                lost[n], results[n] = step - arrived, values[n] - arrived
-            for s in failed:
-                for n, state in sites[s].state.items():
-                    if not all(state[k].isfinite().all() for k in kinds):
-                        for k in ("step", *kinds):
-                            state[k].zero_()
-            for view in views:
-                for n, x in view.items():
-                    x.copy_(results.get(n, values.get(n, x)))
-        meetings = c.local_steps if c.strategy == "ddp" else 1
-        counts = Counter(n for view in views for n in view)
-        for n, k in counts.items():
-            traffic += meetings * (k + len(givers.get(n.rpartition("/")[2], range(k))) - 2) * size[n]
-        values = {n: x for site in sites for n, x in site.tensors.items()}
-        means = torch.tensor(seen, dtype=torch.float64)
-        means = means[means[:, 0].isfinite()].mean(dim=0).tolist()
+            views = [dict(x) for _, x in sites]
+            for s, n in state if c.outer == "local_adamw" else ():
+                if n in views[s]:
+                    views[s] |= {f"{k}/{n}": state[s, n][k] for k in kinds}
+            traffic += meet(c, views, values, table, tokens, failed, momenta, lost)
+            for s, n in state:
+                if s in failed and not all(x.isfinite().all() for x in state[s, n].values()):
+                    state[s, n].clear()
+        values = {n: x for _, views in sites for n, x in views.items()}
+        means = torch.tensor(losses, dtype=torch.float64).mean(dim=0).tolist()
         history.append((*means, traffic / c.sites, tuple(sorted(rejected | failed))))
+    sites = [(model, {n: state[s, n] for n in views}) for s, (model, views) in enumerate(sites)]
     return Result(values, momenta, sites, *map(list, zip(*history, strict=True)))
 
 
-def main(**settings) -> None:
+if __name__ == "__main__":
     windows = torch.tensor(list("".join(topics.values()).encode())).unfold(0, 65, 64)  # (N, S + 1)
     held_out, seen = windows[::60], windows[torch.arange(len(windows)) % 60 > 0]
-
-    def batches(site: int, step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(1000 * step + site)
-        return seen[torch.randint(len(seen), (8,), generator=generator)]
-
     print("strategy   assembled loss   bytes per site and round   ghost share")
-    for c in (Config(strategy=name, **settings) for name in ("ddp", "diloco", "fomoe")):
-        run = train(c, batches)
-        logits = assemble(Model(c), run.parameters)(held_out[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), held_out[:, 1:].flatten()).item()
-        sent, ghosts = run.bytes_per_site[-1], run.ghost_share[-1]
-        print(f"{c.strategy:8}{loss:17.4f}{sent:27,.0f}{ghosts:14.1%}")
-
-
-if __name__ == "__main__":
-    main()
+    for name in ("ddp", "diloco", "fomoe"):
+        c = Config(strategy=name)
+        run = train(
+            c, lambda s, step: seen[random.Random(f"{s} {step}").sample(range(len(seen)), 8)]
+        )
+        logits = assemble(Model(c), run.parameters)(held_out[:, :-1]).flatten(0, 1)
+        loss, ghosts = F.cross_entropy(logits, held_out[:, 1:].flatten()), run.ghost_share[-1]
+        print(f"{name:8}{loss:17.4f}{run.bytes_per_site[-1]:27,.0f}{ghosts:14.1%}")

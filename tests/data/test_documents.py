@@ -4,6 +4,7 @@
 import gzip
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pyarrow
@@ -144,6 +145,25 @@ def test_text_that_is_not_utf8_is_named(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 noir")
     with pytest.raises(UserError, match=r"a\.txt is not UTF-8: byte 0xe9 near offset 3"):
         opened(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("format", WRITERS)
+def test_a_file_is_not_held_as_a_whole(tmp_path: Path, format: str):
+    file = tmp_path / f"a.{format}"
+    if format == "jsonl":
+        write_jsonl(file, ["many words " * 1000] * 3000)
+    else:
+        words = [f"{i} " * 2000 for i in range(3000)]
+        table = pyarrow.table({"text": words})
+        parquet.write_table(table, file, use_dictionary=False, compression="none")
+        del table
+    documents = opened(file)
+    tracemalloc.start()
+    rows = documents.rows(0, 0)
+    next(rows)
+    python, arrow = tracemalloc.get_traced_memory()[1], pyarrow.total_allocated_bytes()
+    tracemalloc.stop()
+    assert python + arrow < 15_000_000  # of 33 and 29 MB
 
 
 @pytest.mark.parametrize("format", WRITERS)

@@ -82,7 +82,8 @@ def test_sequences_have_the_shares_of_the_weights_on_every_site(tmp_path: Path):
     ]
     run = data(sources, 2, sequence_length=3)
     for site in range(2):
-        rows = np.concatenate([run.batches(site).batch(step) for step in range(25)])
+        batches = run.batches(site)
+        rows = np.concatenate([batches.batch(step) for step in range(25)])
         counts = Counter(text(row)[0] for row in rows)
         assert [counts[letter] for letter in "abc"] == pytest.approx([30, 5, 15], abs=2)
 

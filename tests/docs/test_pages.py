@@ -20,7 +20,7 @@ from fomoe import MoEConfig, ops
 from fomoe.ops import _names
 from fomoe.ops._checks import FLOATS
 
-INDEX, LAYER = DOCS / "ops" / "README.md", DOCS / "layer.md"
+INDEX, LAYER, DATA = DOCS / "ops" / "README.md", DOCS / "layer.md", DOCS / "data.md"
 OPS = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
 PAGES = {name: DOCS / "ops" / f"{name}.md" for name in OPS}
 SECTIONS = (
@@ -33,7 +33,7 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(DOCS))
 
 
-@pytest.mark.parametrize("page", [INDEX, *PAGES.values(), LAYER], ids=name_of)
+@pytest.mark.parametrize("page", [INDEX, *PAGES.values(), LAYER, DATA], ids=name_of)
 def test_snippets_print_what_the_page_says(page):
     assert run(page)
 

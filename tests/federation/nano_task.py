@@ -136,7 +136,7 @@ def train_sites(nano_config: Any, folder: Path, **options: Any) -> Checkpoint:
 def momenta(checkpoint: Checkpoint, nano_config: Any) -> dict[str, Tensor]:
     """The outer momenta by tensor name."""
     prefix, saved = "outer_momentum/", {}
-    for site in range(nano_config.sites):
+    for site in range(checkpoint.sites):
         state = checkpoint.state(site)
         saved |= {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     return joined_pieces(saved, nano_config)

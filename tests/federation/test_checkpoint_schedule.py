@@ -2,16 +2,18 @@
 """Checkpoints during a run, what is kept of them, and reports that are the same in every run."""
 
 import dataclasses
+import shutil
 
 import pytest
 from faulty_task import CONFIG, RaisingTask
 from nano_task import NanoTask, json_lines, nano, settings
+from torch.distributed import HashStore
 
-from fomoe.errors import SiteFailed
+from fomoe.errors import SiteFailed, UserError
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint, remove_older
 from fomoe.federation.config import Config
 from fomoe.federation.launch import train
-from fomoe.federation.launch.opening import go_on
+from fomoe.federation.launch.opening import go_on, opened_in_an_attempt
 from fomoe.federation.run_folder import RunFolder
 
 FIVE = dataclasses.replace(CONFIG, rounds=5)
@@ -72,6 +74,23 @@ def test_a_launcher_that_starts_a_finished_run_again_finds_it_finished(finished)
     with RunFolder(finished) as folder:
         opening = go_on(config_of(finished), NanoTask(FIVE), folder, threads=1, restarted=True)
     assert opening.summary == Checkpoint(find_checkpoint(finished)).manifest["summary"]
+
+
+def open_once(run, store):
+    with opened_in_an_attempt(config_of(run), NanoTask(FIVE), None, store) as opening:
+        return opening.first_round
+
+
+def test_an_attempt_goes_on_only_where_an_earlier_one_has_begun(finished, tmp_path):
+    store = HashStore()
+    assert open_once(tmp_path / "run", store) == 0
+    assert open_once(tmp_path / "run", store) == 0  # killed before its first checkpoint
+    shutil.copytree(finished / "checkpoints", tmp_path / "run" / "checkpoints")
+    assert open_once(tmp_path / "run", store) == 5
+    of_another_run = HashStore()
+    for _ in range(2):
+        with pytest.raises(UserError, match="already holds a checkpoint"):
+            open_once(tmp_path / "run", of_another_run)
 
 
 class PoisonedTask(NanoTask):

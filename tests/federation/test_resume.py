@@ -8,7 +8,8 @@ import shutil
 import pytest
 import torch
 from faulty_task import CONFIG, RaisingTask
-from nano_task import NanoTask, json_lines, settings
+from in_process import run_sites
+from nano_task import NanoTask, joined_pieces, json_lines, momenta, settings
 from test_failures import tiny
 
 from fomoe.errors import SiteFailed, UserError
@@ -16,6 +17,7 @@ from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
 from fomoe.federation.launch import train
 from fomoe.federation.resume import check_corpus, notes
 from fomoe.federation.run_folder import run_folder_of
+from fomoe.federation.site import Site
 
 LONGER = dataclasses.replace(CONFIG, rounds=4)
 
@@ -135,3 +137,67 @@ def test_a_resume_says_what_makes_it_differ_from_an_uninterrupted_run(run, capsy
     assert "note: federation.rounds was 2, is now 4: the learning rate goes on as if 4" in errors
     flat = dataclasses.replace(LONGER, min_ratio=1.0)
     assert len(notes(manifest, settings(flat, run), threads=1)) == 2
+
+
+# ---- with other settings than before ---------------------------------------------------------
+
+FLAT = dataclasses.replace(CONFIG, min_ratio=1.0, overlap=2, warmup=0, num_experts=12)
+
+
+def all_state(run):
+    """Parameters, momenta by tensor, and every site's AdamW state, of the latest checkpoint."""
+    checkpoint = Checkpoint(find_checkpoint(run))
+    inner = [
+        {
+            name: value
+            for name, value in checkpoint.state(site).items()
+            if name.split("/")[0] != "outer_momentum"
+        }
+        for site in range(checkpoint.sites)
+    ]
+    return checkpoint.model(), momenta(checkpoint, FLAT), inner
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"sites": 2, "overlap": 1}, "federation.sites was 3, is now 2: tensors and momenta"),
+        ({"sites": 4}, "federation.sites was 3, is now 4"),
+        ({"sites": 1, "overlap": 1}, "federation.sites was 3, is now 1"),
+        ({"placement": "random"}, "federation.placement was 'fixed', is now 'random'"),
+        ({"overlap": 1}, "federation.overlap was 2, is now 1: a site begins with the weights"),
+        ({"strategy": "diloco"}, "federation.strategy was 'fomoe', is now 'diloco'"),
+    ],
+    ids=["2-sites", "4-sites", "1-site", "random", "one-holder", "diloco"],
+)
+def test_a_run_goes_on_with_other_sites_or_places_and_loses_nothing(
+    changes, sentence, tmp_path, capsys
+):
+    before = dataclasses.replace(FLAT, rounds=1)
+    train(settings(before, tmp_path), task=NanoTask(before))
+    parameters, outer, inner = all_state(tmp_path)
+    held = {name: value for state in inner for name, value in state.items()}
+
+    after = dataclasses.replace(FLAT, rounds=2, **changes)
+    sites = run_sites(
+        after.sites,
+        lambda transport: Site(
+            settings(after, tmp_path), NanoTask(after), transport,
+            Checkpoint(find_checkpoint(tmp_path)),
+        ),
+    )  # fmt: skip
+    pieces: dict[str, torch.Tensor] = {}
+    for site in sites:
+        for tensor in site.tensors:
+            assert torch.equal(tensor.value, parameters[tensor.name])
+        for name, value in site.optimizer.state().items():
+            own = inner[site.site % 3].get(name)
+            assert name in held
+            assert own is None or torch.equal(value, own), (site.site, name, value, own)
+        pieces |= site.meetings.outer.momentum
+    for name, value in joined_pieces(pieces, after).items():
+        assert torch.equal(value, outer[name]), name
+
+    resume(tmp_path, after)
+    assert sentence in capsys.readouterr().err
+    assert Checkpoint(find_checkpoint(tmp_path)).manifest["completed_rounds"] == 2

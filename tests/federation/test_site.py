@@ -17,7 +17,7 @@ SMALL = nano.Config(
     sites=4, overlap=2, rounds=3, local_steps=2, warmup=2, num_experts=8, top_k=2, dim=16,
     expert_dim=8,
 )  # fmt: skip
-RANDOM = {"placement": "random", "moved_warmup_steps": 3}
+RANDOM = {"placement": "random", "shuffle_every": 1, "moved_warmup_steps": 3}
 
 
 def train(tmp_path, config=SMALL, task=None, **federation):
@@ -121,7 +121,7 @@ def test_the_learning_rate_of_an_expert_that_came_grows_to_the_others(tmp_path):
 def test_random_places_of_experts_that_are_everywhere_change_nothing(tmp_path):
     everywhere = dataclasses.replace(SMALL, overlap=4)
     assert_same(
-        train(tmp_path, everywhere, placement="random"),
+        train(tmp_path, everywhere, placement="random", shuffle_every=1),
         train(tmp_path, dataclasses.replace(SMALL, strategy="diloco")),
     )
 
@@ -174,7 +174,7 @@ def test_a_run_in_which_every_site_fails_ends_with_what_to_do(tmp_path):
 @pytest.mark.parametrize("outer", ["nesterov", "average"])
 def test_holders_agree_to_the_bit_through_every_codec(codec, outer, tmp_path):
     config = dataclasses.replace(SMALL, outer=outer)
-    sites = train(tmp_path, config, codec=codec, placement="random")
+    sites = train(tmp_path, config, codec=codec, placement="random", shuffle_every=1)
     seen: dict[str, torch.Tensor] = {}
     for site in sites:
         for tensor in site.tensors:

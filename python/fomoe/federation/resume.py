@@ -21,6 +21,33 @@ _FREE = {
     "training.device",
     "training.threads",
 }
+# May change, too: model, momenta and data are dealt out anew, see fomoe.federation.site_state.
+_DEALT_ANEW = {
+    f"federation.{key}"
+    for key in (
+        "sites",
+        "overlap",
+        "strategy",
+        "placement",
+        "shuffle_every",
+        "full_replica_rounds",
+        "moved_warmup_steps",
+        "router_mean",
+        "scale_expert_steps",
+        "codec",
+        "ranks_per_site",
+        "parallel",
+    )
+}
+
+
+_CONSEQUENCES = {
+    "federation.sites": (
+        ": tensors and momenta have new owners, the data goes on after what all sites have seen, "
+        "and a step of all sites together takes another number of sequences"
+    ),
+    "federation.overlap": ": a site begins with the weights and moments of experts new to it",
+}
 
 
 def check_settings(manifest: Mapping[str, Any], config: Config, folder: Path) -> None:
@@ -31,7 +58,8 @@ def check_settings(manifest: Mapping[str, Any], config: Config, folder: Path) ->
     UserError
         One that may not change differs.
     """
-    for key, then, now in differences(manifest["config"], config.to_dict(), _FREE):
+    free = _FREE | _DEALT_ANEW
+    for key, then, now in differences(manifest["config"], config.to_dict(), free):
         raise UserError(f"{key} is {now!r}, but the run in {folder} was trained with {then!r}")
 
 
@@ -82,6 +110,10 @@ def notes(manifest: Mapping[str, Any], config: Config, threads: int) -> list[str
     device = config.to_dict()["training"]["device"]
     if device_then != device:
         found.append(f"{not_exact} training.device was {device_then!r}, is now {device!r}")
+    for key, before, now in differences(manifest["config"], config.to_dict(), _FREE):
+        if key in _DEALT_ANEW:
+            consequence = _CONSEQUENCES.get(key, "")
+            found.append(f"{not_exact} {key} was {before!r}, is now {now!r}{consequence}")
     rounds_then, rounds = manifest["config"]["federation"]["rounds"], config.federation.rounds
     if rounds_then != rounds and config.optimizer.min_lr_ratio != 1:
         found.append(

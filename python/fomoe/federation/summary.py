@@ -66,6 +66,9 @@ class RunTotals:
         """Go on from the sums of a resumed run."""
         for name, value in Totals.model_validate(state):
             setattr(self, name, value)
+        # A site that has gone keeps what it sent.
+        missing = self.config.federation.sites - len(self.exchange_bytes)
+        self.exchange_bytes = self.exchange_bytes + [0] * missing
 
     @property
     def tokens_per_second(self) -> float:

@@ -93,6 +93,11 @@ class Heartbeat:
         for thread in self._threads:
             thread.join(2 * self.interval)
 
+    def starting(self) -> None:
+        """This process goes on with its start."""
+        allowed = max(self.timeout, _SECONDS_TO_START)
+        self._beat = Beat(0, self._beat.turn + 1, "its start", allowed)
+
     def doing(self, what: str) -> None:
         """This process begins something that takes no longer than the timeout."""
         self._beat = Beat(0, self._beat.turn + 1, what, self.timeout)

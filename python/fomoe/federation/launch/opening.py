@@ -2,20 +2,27 @@
 """Before the first round: the run folder made ready to begin in, or to go on in."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
 from fomoe.federation.config import Config
+from fomoe.federation.launch.store import Store
 from fomoe.federation.placement import placement_of_round
 from fomoe.federation.resume import check_corpus, check_settings, notes
-from fomoe.federation.run_folder import RunFolder, run_to_resume
+from fomoe.federation.run_folder import RunFolder, run_folder_of, run_to_resume
 from fomoe.federation.summary import corpus_sha256
 from fomoe.federation.task import Task
 
-__all__ = ["Opening", "begin", "check_placement", "go_on", "has_checkpoint"]
+__all__ = ["Opening", "begin", "check_placement", "go_on", "opened_in_an_attempt"]
+
+_OPENED = "opened"
 
 
 @dataclass(frozen=True)
@@ -43,15 +50,6 @@ class Opening:
 def check_placement(config: Config, task: Task) -> None:
     """Raise UserError when the sites cannot hold equally many experts."""
     placement_of_round(config, task.num_layers, task.num_experts, 0)
-
-
-def has_checkpoint(run: Path) -> bool:
-    """Whether there is a checkpoint to go on from."""
-    try:
-        run_to_resume(run)
-    except UserError:
-        return False
-    return True
 
 
 def begin(config: Config, task: Task, folder: RunFolder) -> Opening:
@@ -107,6 +105,45 @@ def go_on(
     for note in notes(manifest, config, threads):
         print(f"note: {note}", file=sys.stderr)
     return Opening(config, folder, corpus, checkpoint)
+
+
+@contextmanager
+def opened_in_an_attempt(
+    config: Config, task: Task, resume: Path | None, attempts: Store
+) -> Iterator[Opening]:
+    """The run folder, locked and open, in one of the attempts of a launcher that starts anew.
+
+    A later attempt goes on where the run was, from its last checkpoint, or begins anew when there
+    is none. ``attempts`` is a store that stays over the attempts; ``resume`` is as in
+    :func:`fomoe.federation.launch.train`.
+
+    Raises
+    ------
+    UserError
+        As :func:`begin` and :func:`go_on`; in every attempt, until one has opened the folder.
+    """
+    restarted = attempts.check([_OPENED])
+    path = Path(config.run.folder) if resume is None else run_folder_of(resume)
+    if resume is None:
+        task.check()
+    elif not restarted:
+        run_to_resume(resume)
+    with RunFolder(path) as folder:
+        if resume is not None or (restarted and _has_checkpoint(path)):
+            threads = torch.get_num_threads()
+            opening = go_on(config, task, folder, threads, restarted=restarted)
+        else:
+            opening = begin(config, task, folder)
+        attempts.set(_OPENED, "")
+        yield opening
+
+
+def _has_checkpoint(run: Path) -> bool:
+    try:
+        run_to_resume(run)
+    except UserError:
+        return False
+    return True
 
 
 def _in_folder(config: Config, folder: RunFolder) -> Config:

@@ -9,8 +9,6 @@ of a checkpoint travel.
 import importlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +23,15 @@ from fomoe.federation.launch.coordinator import Coordinator
 from fomoe.federation.launch.device import use_device
 from fomoe.federation.launch.heartbeat import CHECKPOINT
 from fomoe.federation.launch.membership import threads_of_a_rank
-from fomoe.federation.launch.opening import (
-    Opening,
-    begin,
-    check_placement,
-    go_on,
-    has_checkpoint,
-)
+from fomoe.federation.launch.opening import Opening, check_placement, opened_in_an_attempt
 from fomoe.federation.launch.rank import Rank
 from fomoe.federation.launch.rounds import WatchedTransport, check_corpus, run_rounds
 from fomoe.federation.launch.traveling import GroupChannel, Travel, mark
-from fomoe.federation.run_folder import RunFolder, run_folder_of, run_to_resume
+from fomoe.federation.run_folder import run_folder_of
 from fomoe.federation.site import Site
 from fomoe.federation.task import Task
 
 __all__ = ["is_launched", "train"]
-
-_BEGAN = "began"
 
 
 def is_launched() -> bool:
@@ -51,8 +41,6 @@ def is_launched() -> bool:
 
 def train(config: Config, task: Task, resume: Path | None, site: int | None) -> dict[str, Any]:
     """See :func:`fomoe.federation.launch.train`; on every rank of torchrun."""
-    # The first optimizer step would import it, which takes seconds that are no step's.
-    importlib.import_module("torch._dynamo")
     torch.set_num_threads(threads_of_a_rank(config, int(os.environ["LOCAL_WORLD_SIZE"])))
     if config.federation.ranks_per_site > 1:
         raise UserError(
@@ -60,9 +48,11 @@ def train(config: Config, task: Task, resume: Path | None, site: int | None) -> 
             "the ranks of a site cannot share its work yet, expected 1"
         )
     with Rank(config, site) as rank:
+        # The first optimizer step would import it, which takes seconds that are no step's.
+        importlib.import_module("torch._dynamo")
         use_device(config.training.device_of(rank.membership.site), int(os.environ["LOCAL_RANK"]))
         if rank.membership.rank == 0:
-            with _opening(rank, config, task, resume) as opening:
+            with opened_in_an_attempt(config, task, resume, rank.store_of_all_attempts) as opening:
                 rank.store.set("summary", json.dumps(_lead(rank, opening, task)))
         else:
             run = Path(config.run.folder) if resume is None else run_folder_of(resume)
@@ -72,26 +62,6 @@ def train(config: Config, task: Task, resume: Path | None, site: int | None) -> 
         dist.barrier()  # nobody hangs up while a neighbour still reads
     dist.destroy_process_group()
     return summary
-
-
-@contextmanager
-def _opening(rank: Rank, config: Config, task: Task, resume: Path | None) -> Iterator[Opening]:
-    """The run folder made ready, on the coordinator's machine."""
-    check_placement(config, task)
-    # Torchrun starts ranks anew after a failure: then the run goes on where it was.
-    restarted = rank.store_of_all_attempts.check([_BEGAN])
-    path = Path(config.run.folder) if resume is None else run_folder_of(resume)
-    if resume is not None and not restarted:
-        run_to_resume(resume)
-    if resume is None:
-        task.check()
-    with RunFolder(path) as folder:
-        rank.store_of_all_attempts.set(_BEGAN, "")
-        if resume is None and not (restarted and has_checkpoint(path)):
-            yield begin(config, task, folder)
-        else:
-            threads = torch.get_num_threads()
-            yield go_on(config, task, folder, threads, restarted=restarted)
 
 
 def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
@@ -109,7 +79,9 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
             return opening.summary
         travel = Travel.plan(rank.leaders, run, rank.attempt)
     if checkpoint is not None:
+        rank.heartbeat.waiting("the checkpoint's way to the other sites")
         travel.send_checkpoint(checkpoint)
+        rank.heartbeat.starting()
     coordinator = Coordinator(
         opening,
         task,
@@ -125,6 +97,7 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
 def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
     """The part of any other leader."""
     check_placement(config, task)
+    rank.heartbeat.waiting("the run folder")
     plan = json.loads(rank.store.get("plan"))
     if plan["has_ended"]:
         return
@@ -137,8 +110,11 @@ def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
                 if travel.is_away
                 else Checkpoint(run / "checkpoints" / plan["checkpoint"])
             )
+        rank.heartbeat.starting()
         check_corpus(task, rank.membership.site, plan["corpus_sha256"])
         site = Site(config, task, _transport(rank), checkpoint)
+        if checkpoint is not None and travel.is_away:
+            travel.remove(checkpoint)
         channel = GroupChannel(travel, outbox, None, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, plan["first_round"])
 

@@ -124,6 +124,12 @@ class Travel:
             receive_file(folder, record, 0, self.group)
         return checkpoint
 
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """On a site that is away: the checkpoint has been read."""
+        for record in checkpoint.files:
+            (checkpoint.folder / record.name).unlink()
+        (checkpoint.folder / "manifest.json").unlink()
+
 
 class GroupChannel:
     """Keeps the messages of a round and gathers them at its end.
