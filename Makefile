@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 PYTHON ?= python3
 
-.PHONY: demo test gpu-check bench-federation bench-wan clean
+.PHONY: demo test gpu-check gpu-wheels bench-federation bench-wan clean
 
 # Set up, install, and train one model over four sites with three strategies.
 demo:
@@ -14,6 +14,11 @@ test:
 # On a machine with a GPU and a CUDA build of torch: build, test and measure the CUDA kernels.
 gpu-check:
 	$(PYTHON) tools/gpu_check.py
+
+# For a machine with a GPU and no network: what `gpu-check` needs and it may lack.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --dest build/wheels --python-version 3.12 \
+	  --only-binary=:all: pydantic typer
 
 # About 12 minutes with 24 GB of memory: the exchange against all-reduce, rounds of the demo's model
 # and their memory, a training step against Hugging Face's layer. Nothing else should run meanwhile.
