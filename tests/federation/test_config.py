@@ -203,6 +203,11 @@ def test_one_wrong_override_is_named_with_what_was_expected(
             "model.name = 'small' fixes the model, so model.dim cannot be set as well",
         ),
         (
+            ["federation.moved_warmup_steps=3", "federation.full_replica_rounds=1"],
+            "federation.moved_warmup_steps = 3, but no expert comes to a site during the run: that "
+            "takes federation.placement = 'random' and federation.overlap < federation.sites",
+        ),
+        (
             ["training.device=gpu"],
             "training.device: expected 'cpu', 'cuda' or 'cuda:' and a number, got 'gpu'",
         ),

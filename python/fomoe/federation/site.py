@@ -218,7 +218,7 @@ class Site:
 
     def _average_gradients(self, tokens: int, *, failed: bool) -> None:
         for tensor in self.tensors:
-            if tensor.parameter.grad is None:
+            if tensor.is_trained and tensor.parameter.grad is None:
                 tensor.parameter.grad = torch.zeros_like(tensor.parameter)
         gradients = {
             tensor.name: tensor.of(tensor.parameter.grad)
