@@ -4,7 +4,7 @@
 All contenders run in the same four processes, in turns: the all-reduce of the full model alone;
 DiLoCo made of it, in a few lines of torch; and the whole end of a round of the trainer's diloco and
 fomoe (differences, check, both ways, means, outer step, new parameters). `travel` of the trainer is
-the same calls of collectives once more, with nothing to be computed before. Ratios are taken within a
+the same collectives once more, with nothing to be computed before. Ratios are taken within a
 repetition; `over_payload` divides them by the ratio of the bytes sent: at most 1.2 is the target.
 """
 
@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,17 @@ def measure(size: str, names: Sequence[str], seconds: float) -> list[dict[str, A
                 if name in travel:
                     travel[name].append(travelled)
         repetition += 1
+    return _records(size, num_elements, contenders, times, travel, repetition + WARMUPS)
+
+
+def _records(
+    size: str,
+    num_elements: int,
+    contenders: Mapping[str, Contender],
+    times: Mapping[str, Sequence[float]],
+    travel: Mapping[str, Sequence[float]],
+    meetings: int,
+) -> list[dict[str, Any]]:
     # In a ring, every site sends 2 (M - 1) / M of the tensor.
     plain = 2 * (SITES - 1) * 4 * num_elements
     records = []
@@ -206,7 +217,7 @@ def measure(size: str, names: Sequence[str], seconds: float) -> list[dict[str, A
         }
         if name in contenders:
             sent = sum(contenders[name].ledger.close_round().values())
-            num_bytes = round(_over_sites(sent / (repetition + WARMUPS), dist.ReduceOp.SUM))
+            num_bytes = round(_over_sites(sent / meetings, dist.ReduceOp.SUM))
             record["scratch_bytes"] = contenders[name].meetings.exchange.scratch.peak
             record["travel"] = _compared(travel[name], times[ALL_REDUCE], num_bytes / plain)
         record["bytes"], record["payload_ratio"] = num_bytes, num_bytes / plain
