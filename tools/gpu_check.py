@@ -8,7 +8,7 @@ then tests, measures, and looks for wrong accesses and races; results come in th
 little time shows first whether the kernels are right. Needs nvcc, a CUDA build of torch and, in the
 same environment, pybind11, cmake, ninja and pytest; no network. The package is installed by pip, or
 by CMake alone where pip cannot (no scikit-build-core, or an old one). Training needs pydantic and
-typer, too; wheels of what is missing are taken from build/wheels, where `make gpu-wheels` puts them.
+typer, too; wheels of what is missing are taken from build/wheels (`make gpu-wheels`).
 
 The results are in build/gpu-check: results.json, a log per step, the measurements as JSON lines.
 With --output, or the environment variable OUT, they are also gathered there in four files.
