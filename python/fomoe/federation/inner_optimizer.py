@@ -84,8 +84,11 @@ class InnerOptimizer:
     # ---- state by tensor name ----------------------------------------------------------------
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's moments by kind and tensor name, themselves; zeros where there are none yet."""
-        states = {name: self._state_of(name) for name in self.values}
+        """AdamW's moments of what is trained, by kind and tensor name, themselves.
+
+        Zeros where there are none yet.
+        """
+        states = {t.name: self._state_of(t.name) for t in self.tensors if t.is_trained}
         return {kind: {name: state[kind] for name, state in states.items()} for kind in MOMENTS}
 
     def state(self) -> dict[str, Tensor]:
@@ -102,8 +105,9 @@ class InnerOptimizer:
             for kind in (_STEP, *MOMENTS):
                 if f"{kind}/{name}" in saved:
                     self._state_of(name)[kind].copy_(saved[f"{kind}/{name}"])
-            if f"{_AGE}/{name}" in saved:
-                self.age[name] = int(saved[f"{_AGE}/{name}"])
+            age = int(saved.get(f"{_AGE}/{name}", self.warmup_steps))
+            if age < self.warmup_steps:  # which may have become shorter
+                self.age[name] = age
 
     def warm_up(self, names: Iterable[str]) -> None:
         """These tensors have just come to the site: their learning rate starts low."""

@@ -185,9 +185,9 @@ class Meetings:
         )
 
     def mean_gradients(
-        self, gradients: Mapping[str, Tensor], tokens: int
+        self, gradients: Mapping[str, Tensor], tokens: int, *, failed: bool
     ) -> tuple[Results, Attendance]:
-        """Mean of all sites' gradients, and whose counted.
+        """Mean of the gradients of all sites that have not ``failed``, and whose counted.
 
         Raises
         ------
@@ -195,7 +195,7 @@ class Meetings:
             No site's gradients are finite.
         """
         parcel = self.exchange.pack(gradients)
-        attendance = self._attend(tokens, rejected=not parcel.is_finite)
+        attendance = self._attend(tokens, rejected=failed or not parcel.is_finite)
         means = self.exchange.reduce(parcel, attendance)
         return self.exchange.distribute(means, attendance), attendance
 

@@ -155,7 +155,7 @@ class Site:
         if not math.isfinite(loss):
             self.failed = not self.averages_gradients
         if self.averages_gradients:
-            self._average_gradients(num_tokens)
+            self._average_gradients(num_tokens, failed=not math.isfinite(loss))
         if not self.failed:
             if self.config.optimizer.clip_norm > 0:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
@@ -190,12 +190,13 @@ class Site:
         self.rejected = set(meeting.attendance.rejected)
         for tensor in self.tensors:
             meeting.write_value(tensor.name, tensor.value)
-        if self.site in self.rejected:
-            self.optimizer.forget_what_is_not_finite()
         if meeting.moments:
             for kind, targets in self.optimizer.moments().items():
                 for name, moment in targets.items():
                     meeting.write_moment(kind, name, moment)
+        if self.site in self.rejected:
+            # After the others' moments have come: with those the steps it has counted go on.
+            self.optimizer.forget_what_is_not_finite()
         self.meetings.commit()
 
     def _values(self) -> dict[str, Tensor]:
@@ -215,9 +216,9 @@ class Site:
         loss.objective.backward()  # type: ignore[no-untyped-call]
         return float(loss.language_model.item())
 
-    def _average_gradients(self, tokens: int) -> None:
+    def _average_gradients(self, tokens: int, *, failed: bool) -> None:
         for tensor in self.tensors:
-            if tensor.parameter.grad is None:
+            if tensor.is_trained and tensor.parameter.grad is None:
                 tensor.parameter.grad = torch.zeros_like(tensor.parameter)
         gradients = {
             tensor.name: tensor.of(tensor.parameter.grad)
@@ -225,7 +226,7 @@ class Site:
             if tensor.parameter.grad is not None
         }
         host = self.staging.to_host("gradients", gradients)
-        averaged, attendance = self.meetings.mean_gradients(host, tokens)
+        averaged, attendance = self.meetings.mean_gradients(host, tokens, failed=failed)
         self.rejected |= set(attendance.rejected)
         for name, gradient in gradients.items():
             averaged.write(name, gradient)
@@ -313,7 +314,13 @@ class Site:
             "codec_residuals": tensor_bytes(lost),
             "exchange_buffers": exchange.scratch.peak,
             "peak_rss": peak_rss(),
+            **self._peak_on_device(),
         }
+
+    def _peak_on_device(self) -> dict[str, int]:
+        if self.device.type != "cuda":
+            return {}
+        return {"peak_device": torch.cuda.max_memory_allocated(self.device)}
 
     # ---- checkpoint -------------------------------------------------------------------------
 
