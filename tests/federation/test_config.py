@@ -208,6 +208,49 @@ def test_one_wrong_override_is_named_with_what_was_expected(
             "takes federation.placement = 'random' and federation.overlap < federation.sites",
         ),
         (
+            ["federation.strategy=diloco", "federation.overlap=4", "federation.placement=random"],
+            "federation.placement = 'random' needs federation.strategy = 'fomoe'; 'diloco' holds "
+            "every expert on every site",
+        ),
+        (
+            ["federation.shuffle_every=2"],
+            "federation.shuffle_every = 2 does not fit federation.placement = 'fixed': 'random' "
+            "draws one every so many rounds, at least 1; 'fixed' draws none, 0",
+        ),
+        (
+            ["federation.full_replica_rounds=11"],
+            "federation.full_replica_rounds = 11 is more than federation.rounds = 10",
+        ),
+        (
+            ["federation.strategy=ddp", "federation.overlap=4", "federation.codec=int8"],
+            "federation.codec = 'int8' cannot be used with federation.strategy = 'ddp': error "
+            "feedback needs rounds",
+        ),
+        (
+            ["federation.outer=local_adamw", "federation.codec=bf16"],
+            "federation.codec = 'bf16' cannot be used with federation.outer = 'local_adamw', whose "
+            "moments are no differences: use 'fp32'",
+        ),
+        (
+            ["federation.outer=local_adamw", "optimizer.name=sgd"],
+            "federation.outer = 'local_adamw' needs optimizer.name = 'adamw', got 'sgd'",
+        ),
+        (
+            ["federation.outer=average", "federation.router_mean=rescaled"],
+            "federation.router_mean = 'rescaled' scales differences, but federation.outer = "
+            "'average' averages values: use 'nesterov'",
+        ),
+        (
+            ["federation.outer=average", "federation.scale_expert_steps=true"],
+            "federation.scale_expert_steps = True scales differences, but federation.outer = "
+            "'average' averages values: use 'nesterov'",
+        ),
+        (
+            ["federation.ranks_per_site=3"],
+            "training.batch_size = 8, the sequences of a site, is not divisible by "
+            "federation.ranks_per_site = 3",
+        ),
+        (
             ["training.device=gpu"],
             "training.device: expected 'cpu', 'cuda' or 'cuda:' and a number, got 'gpu'",
         ),

@@ -314,7 +314,13 @@ class Site:
             "codec_residuals": tensor_bytes(lost),
             "exchange_buffers": exchange.scratch.peak,
             "peak_rss": peak_rss(),
+            **self._peak_on_device(),
         }
+
+    def _peak_on_device(self) -> dict[str, int]:
+        if self.device.type != "cuda":
+            return {}
+        return {"peak_device": torch.cuda.max_memory_allocated(self.device)}
 
     # ---- checkpoint -------------------------------------------------------------------------
 
