@@ -228,6 +228,18 @@ def test_holders_agree_to_the_bit_through_every_codec(codec, outer, tmp_path):
             assert torch.equal(seen.setdefault(tensor.name, tensor.value), tensor.value)
 
 
+def test_what_a_codec_lost_is_dropped_by_one_that_loses_nothing(tmp_path):
+    config = dataclasses.replace(SMALL, rounds=1)
+    sites = train(tmp_path, config, codec="int8")
+    state = sites[0].meetings.state()
+    kinds = {"outer_momentum", "lost_up", "lost_down"}
+    assert {name.partition("/")[0] for name in state} == kinds
+    for codec, kept in (("int4", kinds), ("fp32", {"outer_momentum"})):
+        site = Site(settings(config, tmp_path, codec=codec), NanoTask(config), sites[0].transport)
+        site.meetings.load(state)
+        assert {name.partition("/")[0] for name in site.meetings.state()} == kept
+
+
 def test_local_adamw_averages_the_moments_as_well(tmp_path):
     config = dataclasses.replace(SMALL, outer="local_adamw")
     first, second, *_ = train(tmp_path, config)

@@ -126,15 +126,19 @@ class Meetings:
         return {f"{kind}/{key}": v for kind, values in kinds.items() for key, v in values.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave, entries of other kinds left aside."""
+        """Take over what :meth:`state` gave, entries of other kinds left aside.
+
+        What a lossy codec lost is dropped when this one loses nothing.
+        """
 
         def of(kind: str) -> dict[str, Tensor]:
             prefix = f"{kind}/"
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
         self.outer.momentum = of(OUTER_MOMENTUM)
-        self.exchange.lost_up.load(of(LOST_UP))
-        self.exchange.lost_down.load(of(LOST_DOWN))
+        if self.codec.is_lossy:
+            self.exchange.lost_up.load(of(LOST_UP))
+            self.exchange.lost_down.load(of(LOST_DOWN))
 
     def _exchange(self, tensors: Sequence[ModelTensor], placement: Placement) -> Exchange:
         settings = self.settings
