@@ -184,10 +184,8 @@ class Meetings:
             {kind: self._mean(contribution, attendance) for kind, contribution in kinds.items()},
         )
 
-    def mean_gradients(
-        self, gradients: Mapping[str, Tensor], tokens: int
-    ) -> tuple[Results, Attendance]:
-        """Mean of all sites' gradients, and whose counted.
+    def mean_gradients(self, gradients: Mapping[str, Tensor], tokens: int) -> Meeting:
+        """Mean of all sites' gradients.
 
         Raises
         ------
@@ -197,7 +195,11 @@ class Meetings:
         parcel = self.exchange.pack(gradients)
         attendance = self._attend(tokens, rejected=not parcel.is_finite)
         means = self.exchange.reduce(parcel, attendance)
-        return self.exchange.distribute(means, attendance), attendance
+        return Meeting(attendance, {}, False, self.exchange.distribute(means, attendance), {})
+
+    def missed(self) -> Meeting:
+        """What a rank that does not meet the other sites knows of a meeting: nothing."""
+        return Meeting(Attendance(()), {}, False, Results(self.codec, []), {})
 
     def commit(self) -> None:
         """The site has taken the meeting's results over."""
