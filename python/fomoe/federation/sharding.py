@@ -39,8 +39,8 @@ def shard(model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> N
         module.to(device)
         whole_ones |= set(module.parameters(recurse=False))
     mesh = DeviceMesh.from_group(group, device.type)
-    # The model itself, too, gives its parameters back after a forward: whoever overwrites them
-    # between an evaluation and the next step would otherwise write to shards nobody reads.
+    # The model itself, too, puts its parameters away after a forward. Else it would keep them after
+    # an evaluation, and who clears the gradients then would not find those of the shards.
     for module in [*_blocks(model), model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=whole_ones)
 
