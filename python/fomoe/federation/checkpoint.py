@@ -36,6 +36,7 @@ __all__ = [
     "Checkpoint",
     "FileRecord",
     "Manifest",
+    "Position",
     "Totals",
     "commit",
     "export",
@@ -208,6 +209,16 @@ def _checkpoints(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run was when its checkpoint was written; ``step`` is of the optimizer."""
+
+    completed_rounds: int
+    step: int
+    data_cursor: list[dict[str, Any]]
+    placement: Placement
+
+
 class Checkpoint:
     """A checkpoint on disk, for reading.
 
@@ -242,6 +253,15 @@ class Checkpoint:
         """Where the experts were."""
         table = self.manifest["placement"]
         return Placement(self.sites, tuple(tuple(map(tuple, layer)) for layer in table))
+
+    @property
+    def position(self) -> Position:
+        return Position(
+            self.manifest["completed_rounds"],
+            self.manifest["step"],
+            self.manifest["data_cursor"],
+            self.placement,
+        )
 
     @property
     def sites(self) -> int:

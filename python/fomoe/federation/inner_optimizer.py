@@ -18,6 +18,7 @@ from fomoe.federation.config import OptimizerConfig
 from fomoe.federation.exchange import is_finite
 from fomoe.federation.meeting import MOMENTS
 from fomoe.federation.memory import tensor_bytes
+from fomoe.federation.sharding import copy_part, local, sharded_like
 from fomoe.nn import ModelTensor
 
 __all__ = ["InnerOptimizer", "learning_rate_factor"]
@@ -28,6 +29,9 @@ _AGE = "age"
 
 class InnerOptimizer:
     """AdamW or SGD over the tensors of a site's model.
+
+    Of tensors that the ranks of the site have in shards, this one steps its own; moments are
+    handed out and taken as the tensors are.
 
     Parameters
     ----------
@@ -42,10 +46,10 @@ class InnerOptimizer:
     ) -> None:
         self.settings = settings
         self.warmup_steps = warmup_steps
-        self.tensors = tensors
+        self.tensors = {tensor.name: tensor for tensor in tensors}
         self.age: dict[str, int] = {}
         """Optimizer steps, by name, of tensors that came to the site and still warm up."""
-        self.values = {tensor.name: tensor.value for tensor in tensors}
+        self.values = {tensor.name: local(tensor.value) for tensor in tensors}
         self._torch = _torch_optimizer(list(self.values.values()), settings)
 
     @property
@@ -55,9 +59,9 @@ class InnerOptimizer:
 
     def step(self, learning_rate: float) -> None:
         """One step with the gradients of the model's parameters."""
-        for tensor in self.tensors:
+        for name, tensor in self.tensors.items():
             gradient = tensor.parameter.grad
-            self.values[tensor.name].grad = None if gradient is None else tensor.of(gradient)
+            self.values[name].grad = None if gradient is None else local(tensor.of(gradient))
         self._set_learning_rates(learning_rate)
         self._torch.step()
         for value in self.values.values():
@@ -88,37 +92,56 @@ class InnerOptimizer:
 
         Zeros where there are none yet.
         """
-        states = {t.name: self._state_of(t.name) for t in self.tensors if t.is_trained}
-        return {kind: {name: state[kind] for name, state in states.items()} for kind in MOMENTS}
+        trained = [name for name, tensor in self.tensors.items() if tensor.is_trained]
+        states = {name: self._state_of(name) for name in trained}
+        return {
+            kind: {name: self._seen_as(name, state[kind]) for name, state in states.items()}
+            for kind in MOMENTS
+        }
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, by ``KIND/NAME``: moments, steps, and ages in the warm-up."""
         saved = {f"{_AGE}/{name}": torch.tensor(age) for name, age in self.age.items()}
         for name, value in self.values.items():
             state = self._torch.state.get(value, {})
-            saved |= {f"{kind}/{name}": state[kind] for kind in (_STEP, *MOMENTS) if kind in state}
+            if _STEP in state:
+                saved[f"{_STEP}/{name}"] = state[_STEP]
+            saved |= {f"{k}/{name}": self._seen_as(name, state[k]) for k in MOMENTS if k in state}
         return saved
 
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Take over the state of the tensors that are here; the others begin anew."""
-        for name in self.values:
-            for kind in (_STEP, *MOMENTS):
-                if f"{kind}/{name}" in saved:
-                    self._state_of(name)[kind].copy_(saved[f"{kind}/{name}"])
-            age = int(saved.get(f"{_AGE}/{name}", self.warmup_steps))
-            if age < self.warmup_steps:  # which may have become shorter
-                self.age[name] = age
+    def entries(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of ``saved`` is the state of tensors that are here."""
+        return {key: x for key, x in saved.items() if key.partition("/")[2] in self.values}
+
+    def load(self, saved: Iterable[tuple[str, Tensor]]) -> None:
+        """Take over entries of a :meth:`state`; tensors without any begin anew."""
+        for key, value in saved:
+            kind, _, name = key.partition("/")
+            if kind == _AGE:
+                if int(value) < self.warmup_steps:  # which may have become shorter
+                    self.age[name] = int(value)
+            elif kind == _STEP:
+                self._state_of(name)[kind].copy_(value)
+            else:
+                copy_part(self._seen_as(name, self._state_of(name)[kind]), value)
 
     def warm_up(self, names: Iterable[str]) -> None:
         """These tensors have just come to the site: their learning rate starts low."""
         if self.warmup_steps > 0:
             self.age |= dict.fromkeys(names, 0)
 
-    def forget_what_is_not_finite(self) -> None:
-        """Begin anew with the moments that hold a NaN or an infinity."""
-        for value in self.values.values():
-            if not all(map(is_finite, self._state_tensors(value))):
-                del self._torch.state[value]
+    def not_finite(self) -> list[str]:
+        """Names of the tensors whose moments hold a NaN or an infinity."""
+        return [
+            name
+            for name, value in self.values.items()
+            if not all(is_finite(tensor) for tensor in self._state_tensors(value))
+        ]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Begin anew with the state of these tensors."""
+        for name in names:
+            self._torch.state.pop(self.values[name], None)
 
     def num_bytes(self) -> int:
         """Of all state."""
@@ -128,6 +151,9 @@ class InnerOptimizer:
 
     def _state_tensors(self, value: Tensor) -> list[Tensor]:
         return [x for x in self._torch.state.get(value, {}).values() if isinstance(x, Tensor)]
+
+    def _seen_as(self, name: str, moment: Tensor) -> Tensor:
+        return sharded_like(moment, self.tensors[name].value)
 
     def _state_of(self, name: str) -> dict[str, Any]:
         """AdamW's state of a tensor, made if there is none."""

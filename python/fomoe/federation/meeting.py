@@ -190,8 +190,8 @@ class Meetings:
 
     def mean_gradients(
         self, gradients: Mapping[str, Tensor], tokens: int, *, failed: bool
-    ) -> tuple[Results, Attendance]:
-        """Mean of the gradients of all sites that have not ``failed``, and whose counted.
+    ) -> Meeting:
+        """Mean of the gradients of all sites that have not ``failed``.
 
         Raises
         ------
@@ -201,7 +201,11 @@ class Meetings:
         parcel = self.exchange.pack(gradients)
         attendance = self._attend(tokens, rejected=failed or not parcel.is_finite)
         means = self.exchange.reduce(parcel, attendance)
-        return self.exchange.distribute(means, attendance), attendance
+        return Meeting(attendance, {}, False, self.exchange.distribute(means, attendance), {})
+
+    def missed(self) -> Meeting:
+        """What a rank that does not meet the other sites knows of a meeting: nothing."""
+        return Meeting(Attendance(()), {}, False, Results(self.codec, []), {})
 
     def commit(self) -> None:
         """The site has taken the meeting's results over."""

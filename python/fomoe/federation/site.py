@@ -3,18 +3,20 @@
 
 A site trains ``local_steps`` steps by itself, skipping tokens routed to experts it does not hold
 (ddp averages the gradients at every step instead), then takes part in the exchange. Its memory
-never holds a tensor of a foreign expert.
+never holds a tensor of a foreign expert. Where a site has several ranks, every one has a
+:class:`Site` and makes the same calls; only the leader's meets the other sites.
 """
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fomoe.federation.checkpoint import Checkpoint, FileRecord, write_shard
 from fomoe.federation.config import Config
@@ -25,7 +27,9 @@ from fomoe.federation.meeting import Meetings
 from fomoe.federation.memory import peak_rss, tensor_bytes
 from fomoe.federation.parameters import federated_tensors
 from fomoe.federation.placement import Placement, placement_of_round
-from fomoe.federation.relocation import relocate
+from fomoe.federation.relocation import Arrivals, relocate
+from fomoe.federation.sharding import clip_gradients, copy_part, gather, local
+from fomoe.federation.site_ranks import OneRank, SiteRanks
 from fomoe.federation.site_state import saved_state
 from fomoe.federation.staging import Staging
 from fomoe.federation.task import Task
@@ -51,9 +55,13 @@ class Site:
     config : Config
     task : Task
     transport : Transport
-        This site's way to the others; says which site it is.
+        This site's way to the others; says which site it is. A
+        :class:`~fomoe.federation.exchange.Bystander` on ranks that are not the leader.
     checkpoint : Checkpoint, optional
-        Where to go on from: model, optimizer states, momenta and data cursor.
+        Where to go on from: model, optimizer states, momenta and data cursor. Only the leader's
+        counts.
+    ranks : SiteRanks, optional
+        This rank's way to the others of its site, of which there are none by default.
 
     Raises
     ------
@@ -67,14 +75,16 @@ class Site:
         task: Task,
         transport: Transport,
         checkpoint: Checkpoint | None = None,
+        ranks: SiteRanks | None = None,
     ) -> None:
         self.config = config
         self.task = task
         self.transport = transport
+        self.ranks: SiteRanks = ranks or OneRank()
         self.site = transport.site
         self.device = torch.device(config.training.device_of(self.site))
         self.ledger = SiteLedger()
-        self.staging = Staging(self.device)
+        self.staging = Staging(self.device, leader=self.ranks.leader)
         self.round = 0
         """Completed ones."""
         self.step = 0
@@ -86,20 +96,21 @@ class Site:
         self.rejected: set[int] = set()
         """Sites whose contribution did not count in this round."""
         first = 0
-        if checkpoint is not None:
-            self.round = checkpoint.manifest["completed_rounds"]
-            self.step = checkpoint.manifest["step"]
-            task.load_data_state(checkpoint.manifest["data_cursor"])
+        saved = self.ranks.tell(None if checkpoint is None else checkpoint.position)
+        if saved is not None:
+            self.round, self.step = saved.completed_rounds, saved.step
+            with self.ranks.together():
+                task.load_data_state(saved.data_cursor)
             # What moves at the beginning of the next round moves there, unless the settings have
             # changed and nothing of the old placement is of use.
-            unchanged = checkpoint.placement == self._placement_of(self.round - 1)
+            unchanged = saved.placement == self._placement_of(self.round - 1)
             first = self.round - 1 if unchanged else self.round
         self.placement = self._placement_of(first)
         self._build()
         self.meetings = Meetings(
             config.federation, transport, self.ledger, self.tensors, self.placement
         )
-        if checkpoint is not None:
+        if saved is not None:
             self._load(checkpoint)
 
     def _placement_of(self, round_index: int) -> Placement:
@@ -108,7 +119,8 @@ class Site:
 
     def _build(self) -> None:
         """The model and the inner optimizer for the placement."""
-        self.model = self.task.build_model(self.placement.residents(self.site)).to(self.device)
+        model = self.task.build_model(self.placement.residents(self.site))
+        self.model = self.ranks.place(model, self.device)
         self.tensors: list[ModelTensor] = federated_tensors(self.model)
         self.optimizer = InnerOptimizer(
             self.tensors, self.config.optimizer, self.config.federation.moved_warmup_steps
@@ -140,7 +152,7 @@ class Site:
         if self.round > 0:
             self._move_to(self._placement_of(self.round))
         if not self.averages_gradients:
-            self.meetings.begin_round(self.staging.to_host("values", self._values()))
+            self.meetings.begin_round(self._values_on_host())
 
     def local_step(self) -> LocalStep:
         """One optimizer step.
@@ -148,17 +160,18 @@ class Site:
         A loss that is not finite ends the local steps of the round: what is left of them only
         passes over the data, and the site's contribution will not count.
         """
-        batch = self.task.batch(self.site, self.step).to(self.device)
+        with self.ranks.together():
+            batch = self.task.batch(self.site, self.step)
         num_tokens = batch.shape[0] * (batch.shape[1] - 1)
         learning_rate = self._learning_rate()
-        loss = math.nan if self.failed else self._forward_and_backward(batch)
+        loss = math.nan if self.failed else self._loss_and_gradients(batch)
         if not math.isfinite(loss):
             self.failed = not self.averages_gradients
         if self.averages_gradients:
             self._average_gradients(num_tokens, failed=not math.isfinite(loss))
         if not self.failed:
             if self.config.optimizer.clip_norm > 0:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip_norm)
+                clip_gradients(self.model.parameters(), self.config.optimizer.clip_norm)
             self.optimizer.step(learning_rate)
         self.step += 1
         self.tokens += num_tokens
@@ -185,36 +198,39 @@ class Site:
                 kind: self.staging.to_host(kind, values)
                 for kind, values in self.optimizer.moments().items()
             }
-        values = self.staging.to_host("values", self._values())
-        meeting = self.meetings.meet(values, moments, self.tokens, failed=self.failed)
-        self.rejected = set(meeting.attendance.rejected)
-        for tensor in self.tensors:
-            meeting.write_value(tensor.name, tensor.value)
-        if meeting.moments:
+        values = self._values_on_host()
+        meeting = self.meetings.missed()
+        with self.ranks.together():
+            if self.ranks.leader:
+                meeting = self.meetings.meet(values, moments, self.tokens, failed=self.failed)
+        self.rejected = set(self.ranks.tell(meeting.attendance.rejected))
+        self.ranks.assign(self._values(), meeting.write_value)
+        if moments:
             for kind, targets in self.optimizer.moments().items():
-                for name, moment in targets.items():
-                    meeting.write_moment(kind, name, moment)
+                self.ranks.assign(targets, partial(meeting.write_moment, kind))
         if self.site in self.rejected:
             # After the others' moments have come: with those the steps it has counted go on.
-            self.optimizer.forget_what_is_not_finite()
+            self.optimizer.forget(self.ranks.union(self.optimizer.not_finite()))
         self.meetings.commit()
 
     def _values(self) -> dict[str, Tensor]:
         return {tensor.name: tensor.value for tensor in self.tensors}
 
-    def _assign(self, values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for tensor in self.tensors:
-                if tensor.name in values:
-                    value = tensor.value
-                    value.copy_(values[tensor.name].view(value.shape))
+    def _values_on_host(self) -> Mapping[str, Tensor]:
+        return self.staging.to_host("values", self._values())
 
-    def _forward_and_backward(self, batch: Tensor) -> float:
-        """Leaves gradients; returns the language model's loss."""
+    def _assign(self, values: Iterable[tuple[str, Tensor]]) -> None:
+        targets = self._values()
+        for name, value in values:
+            if name in targets:
+                copy_part(targets[name], value)
+
+    def _loss_and_gradients(self, batch: Tensor) -> float:
+        """Leaves the site's gradients; returns the language model's loss on its batch."""
         self.model.zero_grad(set_to_none=True)
-        loss = self.task.loss(self.model, batch)
+        loss = self.task.loss(self.model, self.ranks.part(batch).to(self.device))
         loss.objective.backward()  # type: ignore[no-untyped-call]
-        return float(loss.language_model.item())
+        return self.ranks.average(self.model, float(loss.language_model.item()))
 
     def _average_gradients(self, tokens: int, *, failed: bool) -> None:
         for tensor in self.tensors:
@@ -226,10 +242,12 @@ class Site:
             if tensor.parameter.grad is not None
         }
         host = self.staging.to_host("gradients", gradients)
-        averaged, attendance = self.meetings.mean_gradients(host, tokens, failed=failed)
-        self.rejected |= set(attendance.rejected)
-        for name, gradient in gradients.items():
-            averaged.write(name, gradient)
+        averaged = self.meetings.missed()
+        with self.ranks.together():
+            if self.ranks.leader:
+                averaged = self.meetings.mean_gradients(host, tokens, failed=failed)
+        self.rejected |= set(self.ranks.tell(averaged.attendance.rejected))
+        self.ranks.assign(gradients, averaged.values.write)
 
     def _learning_rate(self) -> float:
         federation, optimizer = self.config.federation, self.config.optimizer
@@ -246,17 +264,19 @@ class Site:
         keeps_momentum = self.config.federation.outer == "nesterov"
         self.placement = placement
         self._build()
-        arrivals = relocate(
-            before,
-            (self.tensors, placement),
-            outer.momentum if keeps_momentum else None,
-            self.transport,
-            self.ledger,
-        )
-        self._assign(values | arrivals.weights)
-        arrived = arrivals.weights.keys()
-        self.optimizer.load({k: v for k, v in state.items() if k.partition("/")[2] not in arrived})
-        self.optimizer.warm_up(arrived)
+        arrivals = Arrivals({}, {})
+        if self.ranks.leader:
+            arrivals = relocate(
+                before,
+                (self.tensors, placement),
+                outer.momentum if keeps_momentum else None,
+                self.transport,
+                self.ledger,
+            )
+        self._assign(values.items())
+        self._assign(self.ranks.spread(arrivals.weights))
+        self.optimizer.load(self.optimizer.entries(state).items())
+        self.optimizer.warm_up(tensor.name for tensor in self.tensors if tensor.name not in values)
         self.meetings.place(self.tensors, placement, arrivals)
         self.staging.keep_only({tensor.name for tensor in self.tensors})
 
@@ -266,8 +286,12 @@ class Site:
         """SHA-256 of what this site holds in common with others, who must have the same.
 
         ``shared``: of the shared tensors and the rows of a full router. ``expert``: by group of
-        holders, written ``"0,2"``, of the experts that exactly these sites hold.
+        holders, written ``"0,2"``, of the experts that exactly these sites hold. Empty on ranks
+        that are not the leader.
         """
+        values = self._values_on_host()
+        if not self.ranks.leader:
+            return {}
         shared = hashlib.sha256()
         experts: dict[str, Any] = {}
         for tensor in self.tensors:
@@ -275,7 +299,7 @@ class Site:
             if not tensor.on_every_site and tensor.layer is not None and tensor.expert is not None:
                 holders = self.placement.holders(tensor.layer, tensor.expert)
                 digest = experts.setdefault(",".join(map(str, holders)), hashlib.sha256())
-            value = tensor.value.cpu().contiguous()
+            value = values[tensor.name].contiguous()
             digest.update(value.view(-1).view(torch.uint8).numpy().data)
         return {
             "shared": shared.hexdigest(),
@@ -290,12 +314,17 @@ class Site:
         self.task.routing(self.model)  # validation does not count in the routing statistics
         return value
 
+    def routing(self) -> list[dict[str, Any]]:
+        """Routing statistics per layer of the whole site since the last call."""
+        self.ranks.add_up_routing(self.model)
+        return self.task.routing(self.model)
+
     def memory(self) -> dict[str, int]:
-        """Bytes of this site's tensors by class, before a meeting, when most of them exist."""
+        """Bytes of this rank's tensors by class, before a meeting, when most of them exist."""
         parameters = list(self.model.parameters())
         return {
-            "parameters": tensor_bytes(parameters),
-            "gradients": tensor_bytes(p.grad for p in parameters if p.grad is not None),
+            "parameters": tensor_bytes(map(local, parameters)),
+            "gradients": tensor_bytes(local(p.grad) for p in parameters if p.grad is not None),
             "optimizer": self.optimizer.num_bytes(),
             "round_start": tensor_bytes(self.meetings.start.values()),
         }
@@ -325,16 +354,31 @@ class Site:
     # ---- checkpoint -------------------------------------------------------------------------
 
     def write(self, folder: Path, *, with_state: bool) -> list[FileRecord]:
-        """Write this site's part of the model, and its own state, to a folder that exists."""
-        model = {tensor.name: tensor.value for tensor in self.written}
-        records = [write_shard(folder, "model", self.site, model)]
-        if with_state:
-            state = self.optimizer.state() | self.meetings.state()
-            records.append(write_shard(folder, "state", self.site, state))
+        """Write this site's part of the model, and its own state, to a folder that exists.
+
+        Only the leader does; the list is empty on other ranks.
+        """
+        leader = self.ranks.leader
+        model = gather({tensor.name: tensor.value for tensor in self.written}, keep=leader)
+        state = gather(self.optimizer.state(), keep=leader) if with_state else {}
+        records = []
+        with self.ranks.together():
+            if leader:
+                records.append(write_shard(folder, "model", self.site, model))
+            if leader and with_state:
+                state |= self.meetings.state()
+                records.append(write_shard(folder, "state", self.site, state))
         return records
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        self._assign(checkpoint.model({tensor.name for tensor in self.tensors}))
-        state = saved_state(checkpoint, self.site, self.placement, self.tensors, self.meetings)
-        self.optimizer.load(state)
+    def _load(self, checkpoint: Checkpoint | None) -> None:
+        model: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        with self.ranks.together():
+            if checkpoint is not None:
+                model = checkpoint.model({tensor.name for tensor in self.tensors})
+                state = saved_state(
+                    checkpoint, self.site, self.placement, self.tensors, self.meetings
+                )
+        self._assign(self.ranks.spread(model))
+        self.optimizer.load(self.ranks.spread(self.optimizer.entries(state)))
         self.meetings.load(state)

@@ -6,27 +6,34 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fomoe.federation.sharding import gather, whole
+
 __all__ = ["Staging"]
 
 
 class Staging:
-    """Host copies of a site's tensors; a site that computes on the CPU needs none.
+    """Host copies of a site's tensors; what a CPU has whole needs none.
 
     Copies of one ``kind`` share page-locked buffers from call to call: the next call overwrites
-    what the last one returned.
+    what the last one returned. Of the ranks of a site, only the leader keeps copies; the others
+    give it their shards.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, leader: bool) -> None:
         self.device = device
+        self.leader = leader
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def to_host(self, kind: str, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The values by name in host memory: themselves on the CPU, else copies."""
-        if self.device.type == "cpu":
-            return values
+        """The values by name in host memory: themselves on the CPU, else copies.
+
+        An empty mapping on ranks that are not the leader; all ranks call it for sharded values.
+        """
+        if not self.leader or self.device.type == "cpu":
+            return gather(values, keep=self.leader)
         copies = {name: self._buffer(kind, name, value) for name, value in values.items()}
         for name, value in values.items():
-            copies[name].copy_(value, non_blocking=True)
+            copies[name].copy_(whole(value), non_blocking=True)
         torch.cuda.synchronize(self.device)
         return copies
 

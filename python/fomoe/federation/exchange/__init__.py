@@ -11,11 +11,12 @@ from fomoe.federation.exchange.exchange import (
 )
 from fomoe.federation.exchange.pieces import BLOCK, Piece, cut
 from fomoe.federation.exchange.results import Results
-from fomoe.federation.exchange.transport import GroupTransport, Transport
+from fomoe.federation.exchange.transport import Bystander, GroupTransport, Transport
 
 __all__ = [
     "BLOCK",
     "Attendance",
+    "Bystander",
     "Codec",
     "Exchange",
     "GroupTransport",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fomoe.federation.memory import host_buffer
 
-__all__ = ["GroupTransport", "Transport"]
+__all__ = ["Bystander", "GroupTransport", "Transport"]
 
 
 class Transport(Protocol):
@@ -57,3 +57,18 @@ class GroupTransport:
         dist.all_to_all_single(inbox, outbox, receive, send, group=self.group)
         self.seconds += time.perf_counter() - begin
         return inbox
+
+
+class Bystander:
+    """In place of a transport on ranks that are not their site's leader: they meet nobody."""
+
+    def __init__(self, site: int, sites: int) -> None:
+        self.site = site
+        self.sites = sites
+        self.seconds = 0.0
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        raise RuntimeError("only the leader of a site meets the other sites")
+
+    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        raise RuntimeError("only the leader of a site meets the other sites")

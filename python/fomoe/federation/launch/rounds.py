@@ -112,7 +112,7 @@ def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> 
         "round": index,
         "tokens": site.tokens,
         "rejected": sorted(site.rejected),
-        "routing": site.task.routing(site.model),
+        "routing": site.routing(),
         "digests": site.digests(),
         "parameters": sum(tensor.num_elements for tensor in site.tensors),
         "owned_parameters": sum(tensor.num_elements for tensor in site.written),

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of a site: processes, a device each, that share its work over a fast network.
+
+Every rank trains with its part of the site's batch, and all take the same optimizer steps with the
+mean of their gradients. The first one is the leader: it alone meets the other sites, reads and
+writes checkpoints, and tells the others what came of it.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fomoe.errors import UserError
+from fomoe.federation.sharding import copy_part, is_sharded, shard
+from fomoe.nn import MoE
+
+__all__ = ["OneRank", "RankGroup", "SiteRanks"]
+
+_Value = TypeVar("_Value")
+
+
+class SiteRanks(Protocol):
+    """One rank's access to the others of its site, all of whom make the same calls."""
+
+    leader: bool
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model on the device of this rank, or this rank's part of it."""
+        ...
+
+    def part(self, batch: Tensor) -> Tensor:
+        """The sequences, of the site's (B, S + 1), that are this rank's."""
+        ...
+
+    def average(self, model: nn.Module, loss: float) -> float:
+        """Give all ranks the mean of their gradients, and return that of their losses."""
+        ...
+
+    def assign(self, targets: Mapping[str, Tensor], write: Callable[[str, Tensor], None]) -> None:
+        """Overwrite tensors on all ranks with what ``write(name, target)`` gives the leader's.
+
+        Only the leader calls it, and for every sharded tensor it must write all of it.
+        """
+        ...
+
+    def spread(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The leader's values, one after another; those of other ranks are not looked at."""
+        ...
+
+    def tell(self, value: _Value) -> _Value:
+        """The leader's value, which is small and can be pickled."""
+        ...
+
+    def union(self, names: Collection[str]) -> set[str]:
+        """The names of all ranks."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """A block that no rank leaves alone: what one raises as a UserError, all do."""
+        ...
+
+    def add_up_routing(self, model: nn.Module) -> None:
+        """Give all ranks the sum of what their routers have counted."""
+        ...
+
+
+class OneRank:
+    """A site of a single rank, which has nobody to share with."""
+
+    leader = True
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        return model.to(device)
+
+    def part(self, batch: Tensor) -> Tensor:
+        return batch
+
+    def average(self, model: nn.Module, loss: float) -> float:
+        return loss
+
+    def assign(self, targets: Mapping[str, Tensor], write: Callable[[str, Tensor], None]) -> None:
+        for name, target in targets.items():
+            write(name, target)
+
+    def spread(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return iter(values.items())
+
+    def tell(self, value: _Value) -> _Value:
+        return value
+
+    def union(self, names: Collection[str]) -> set[str]:
+        return set(names)
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def add_up_routing(self, model: nn.Module) -> None:
+        pass
+
+
+class RankGroup:
+    """Several ranks that talk by a torch.distributed group, whose rank 0 is the leader.
+
+    Parameters
+    ----------
+    group : dist.ProcessGroup
+        For tensors in host memory and on the ranks' devices: backend ``gloo`` on CPUs, and
+        ``cpu:gloo,cuda:nccl`` on GPUs.
+    sharded : bool
+        Whether the shared parameters are in shards (``federation.parallel = "fsdp"``), or every
+        rank has all of them.
+    waiting : Callable[[], AbstractContextManager[None]]
+        Entered whenever this rank may have to wait for another one.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        *,
+        sharded: bool,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.group = group
+        self.sharded = sharded
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.leader = self.rank == 0
+        self.device = torch.device("cpu")
+        self._waiting = waiting
+
+    def place(self, model: nn.Module, device: torch.device) -> nn.Module:
+        self.device = device
+        if not self.sharded:
+            return model.to(device)
+        shard(model, self.group, device)
+        return model
+
+    def part(self, batch: Tensor) -> Tensor:
+        if len(batch) % self.size:
+            raise ValueError(
+                f"a batch of {len(batch)} sequences cannot be split evenly among "
+                f"{self.size} ranks of a site"
+            )
+        return batch.chunk(self.size)[self.rank]
+
+    def average(self, model: nn.Module, loss: float) -> float:
+        # FSDP averages what it shards.
+        parameters = [p for p in model.parameters() if not is_sharded(p)]
+        present = [parameter.grad is not None for parameter in parameters]
+        totals = torch.tensor([loss, *present], dtype=torch.float64)
+        with self._waiting():
+            dist.all_reduce(totals, group=self.group)
+        mean_loss = float(totals[0]) / self.size
+        holders = totals[1:].tolist()
+        gradients = []
+        for parameter, count in zip(parameters, holders, strict=True):
+            if count > 0:  # else the optimizer passes over it, as with one rank
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        pending = [dist.all_reduce(x, group=self.group, async_op=True) for x in gradients]
+        for gradient, work in zip(gradients, pending, strict=True):
+            assert work is not None
+            work.wait()
+            gradient /= self.size
+        return mean_loss
+
+    def assign(self, targets: Mapping[str, Tensor], write: Callable[[str, Tensor], None]) -> None:
+        for name, target in targets.items():
+            value = target
+            if is_sharded(target):
+                value = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+            if self.leader:
+                write(name, value)
+            with self._waiting(), torch.no_grad():
+                dist.broadcast(value, group_src=0, group=self.group)
+            if value is not target:
+                copy_part(target, value)
+
+    def spread(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        contents = self.tell([(name, x.shape, x.dtype) for name, x in values.items()])
+        for name, shape, dtype in contents:
+            value = (
+                values[name].to(self.device).contiguous()
+                if self.leader
+                else torch.empty(shape, dtype=dtype, device=self.device)
+            )
+            with self._waiting():
+                dist.broadcast(value, group_src=0, group=self.group)
+            yield name, value
+
+    def tell(self, value: _Value) -> _Value:
+        box = [value if self.leader else None]
+        with self._waiting():
+            dist.broadcast_object_list(
+                box, group_src=0, group=self.group, device=torch.device("cpu")
+            )
+        told: Any = box[0]
+        return told  # type: ignore[no-any-return]
+
+    def union(self, names: Collection[str]) -> set[str]:
+        return {name for theirs in self._everyones(sorted(names)) for name in theirs}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        mistake = ""
+        try:
+            yield
+        except UserError as error:
+            mistake = str(error)
+        mistakes = [each for each in self._everyones(mistake) if each]
+        if mistakes:
+            raise UserError(mistakes[0])
+
+    def add_up_routing(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, MoE):
+                for counts in (module.expert_counts, module.num_rows):
+                    dist.all_reduce(counts, group=self.group)
+
+    def _everyones(self, value: _Value) -> list[_Value]:
+        everyone: list[Any] = [None] * self.size
+        with self._waiting():
+            dist.all_gather_object(everyone, value, group=self.group)
+        return everyone

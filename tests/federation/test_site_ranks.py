@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two ranks per site train what one does, whether they keep all parameters or shards of them."""
+
+import math
+
+import pytest
+import torch
+from rank_pool import (
+    RANKS,
+    DecoderTask,
+    Order,
+    RankPool,
+    make_checkpoint,
+    settings,
+    train_alone,
+)
+
+from fomoe.errors import UserError
+
+RANDOM = {"placement": "random", "shuffle_every": 2, "moved_warmup_steps": 4}
+"""Experts move at the beginning of the third round, which is too short to warm them up."""
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool() as pool:
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def order(parallel="ddp", task=None, until=3, ranks=RANKS, **options):
+    paths = {key: options.pop(key) for key in ("resume", "folder") if key in options}
+    config = settings(ranks_per_site=ranks, parallel=parallel, **options)
+    return Order(config, task or DecoderTask(), until, **paths)
+
+
+def leaders(reports):
+    return [site[0] for site in reports]
+
+
+def assert_close(actual, expected, tolerance=1e-12):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            actual[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def assert_same_training(reports, expected, tolerance=1e-12):
+    for mine, theirs in zip(reports, expected, strict=True):
+        assert_close(mine.values, theirs.values, tolerance)
+        assert_close(mine.state, theirs.state, tolerance)
+        assert mine.losses == pytest.approx(theirs.losses, rel=tolerance)
+        assert mine.tokens == theirs.tokens
+        assert mine.validation == pytest.approx(theirs.validation, rel=tolerance)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Random placement in float64 with one rank per site."""
+    return train_alone(order(ranks=1, **RANDOM))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_are_one_rank_with_the_same_batch(parallel, pool, alone):
+    reports = pool.train(order(parallel, **RANDOM))
+    assert_same_training(leaders(reports), alone)
+    for site, expected in zip(reports, alone, strict=True):
+        for rank in site:
+            assert rank.losses == site[0].losses
+            assert_close(rank.state, site[0].state, 0)
+            assert rank.routing == expected.routing
+    sharded = {rank.shards for site in reports for rank in site}
+    assert (sharded == {0}) == (parallel == "ddp")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("outer", ["nesterov", "local_adamw"])
+def test_after_a_meeting_all_hold_the_same_bits(parallel, outer, pool):
+    task = DecoderTask(torch.float32, auxiliary=True)
+    reports = pool.train(order(parallel, task, outer=outer, **RANDOM))
+    for site in reports:
+        for rank in site[1:]:
+            assert_close(rank.values, site[0].values, 0)
+            assert rank.digests == {}
+    first, second = leaders(reports)
+    assert first.digests["shared"] == second.digests["shared"]
+    common = [name for name in first.state if name in second.state and "exp_avg" in name]
+    assert common
+    same = [torch.equal(first.state[name], second.state[name]) for name in common]
+    assert all(same) == (outer == "local_adamw")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_are_averaged_over_the_ranks_and_then_over_the_sites(parallel, pool):
+    synchronous = {"strategy": "ddp", "overlap": 2, "rounds": 1}
+    reports = pool.train(order(parallel, until=1, **synchronous))
+    expected = train_alone(order(until=1, ranks=1, **synchronous))
+    assert_same_training(leaders(reports), expected)
+
+
+@pytest.mark.parametrize(("before", "after"), [("fsdp", None), ("ddp", "fsdp"), (None, "fsdp")])
+def test_a_checkpoint_goes_on_with_another_number_of_ranks(before, after, pool, alone, tmp_path):
+    """None: one rank per site."""
+
+    def part(parallel, until, **paths):
+        if parallel is None:
+            return train_alone(order(until=until, ranks=1, **RANDOM, **paths))
+        return leaders(pool.train(order(parallel, until=until, **RANDOM, **paths)))
+
+    folder = tmp_path / "incomplete"
+    folder.mkdir()
+    first = part(before, 2, folder=folder)
+    records = [record for report in first for record in report.records]
+    checkpoint = make_checkpoint(order(until=2, folder=folder, **RANDOM), records)
+    rest = part(after, 3, resume=checkpoint)
+    for mine, whole_run in zip(rest, alone, strict=True):
+        assert_close(mine.values, whole_run.values)
+        assert_close(mine.state, whole_run.state)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_rank_whose_loss_is_not_finite_fails_its_site_for_the_round(parallel, pool):
+    task = DecoderTask(torch.float32, bad=[(1, 4, 3)])  # second round, the second rank's sequence
+    reports = pool.train(order(parallel, task))
+    for site, ranks in enumerate(reports):
+        for rank in ranks:
+            assert rank.rejected == [set(), {1}, set()]
+            assert [math.isnan(loss) for loss in rank.losses] == [
+                site == 1 and step in (4, 5) for step in range(9)
+            ]
+            assert all(torch.isfinite(value).all() for value in rank.values.values())
+            assert_close(rank.values, ranks[0].values, 0)
+
+
+def test_a_mistake_ends_all_ranks_with_the_same_sentence(pool, tmp_path):
+    everywhere_bad = DecoderTask(bad=[(0, 1, 0), (1, 1, 3)])
+    unwritable = order(until=1, folder=tmp_path / "missing")
+    for wrong, sentence in (
+        (order(task=everywhere_bad), "no longer finite"),
+        (unwritable, "write"),
+    ):
+        for site in pool.train(wrong):
+            assert all(isinstance(rank, UserError) for rank in site)
+            assert {sentence in str(rank) for rank in site} == {True}
+            assert len({str(rank) for rank in site}) == 1
