@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +23,7 @@ import pytest
 import torch
 from in_process import ThreadTransport, Turns, run_sites
 from nano_task import NanoTask, nano, settings
-from recorded_disk import CRASHES, Disk, Killed, Recorder, Tree, read_tree, write_tree
+from recorded_disk import CRASHES, Disk, Recorder, Tree, read_tree, write_tree
 from torch.distributed import HashStore
 
 from fomoe.errors import UserError
@@ -43,8 +42,9 @@ NANO = nano.Config(
     sites=3, overlap=1, rounds=3, local_steps=2, warmup=1, num_experts=6, top_k=1, dim=16,
     expert_dim=8, placement="random", moved_warmup_steps=3,
 )  # fmt: skip
-VARIANTS = [("fp32", 1), ("int8", 2)] + [("fp32", 2), ("int8", 1)] * ALL
-"""Codec and keep_checkpoints; a checkpoint after every round."""
+VARIANTS = [("fp32", 1, 0), ("int8", 2, 1)] + [("fp32", 2, 1), ("int8", 1, 0)] * ALL
+"""codec, keep_checkpoints, full_replica_rounds; a checkpoint after every round."""
+Variant = tuple[str, int, int]
 
 
 class CountingTask(NanoTask):
@@ -67,9 +67,10 @@ class CountingTask(NanoTask):
         self.read = {site: state["read"] for site, state in enumerate(states)}
 
 
-def config_of(run: Path, variant: tuple[str, int]) -> Config:
-    codec, keep = variant
-    values = settings(dataclasses.replace(NANO, codec=codec), run).to_dict()
+def config_of(run: Path, variant: Variant) -> Config:
+    codec, keep, full_rounds = variant
+    nano_config = dataclasses.replace(NANO, codec=codec, full_replica_rounds=full_rounds)
+    values = settings(nano_config, run).to_dict()
     values["run"] |= {"checkpoint_every": 1, "keep_checkpoints": keep}
     values["evaluation"] |= {"every": 2}
     return Config.from_dict(values)
@@ -116,13 +117,11 @@ def follow(opening: Opening, recorder: Recorder) -> None:
         turns.end()
 
     with coordinator:
-        run_sites(
-            NANO.sites, work, lambda site: lambda: recorder.note("transport"), barrier=turns
-        )
+        run_sites(NANO.sites, work, lambda site: lambda: recorder.note("transport"), barrier=turns)
     coordinator.finish()
 
 
-def train(root: Path, variant: tuple[str, int], stop: int | None = None) -> Recorder:
+def train(root: Path, variant: Variant, stop: int | None = None) -> Recorder:
     """Begin a run in ``root / "run"``, or go on with it: what a user does after any crash."""
     run, recorder = root / "run", Recorder(root, stop)
     config, task = config_of(run, variant), CountingTask(NANO)
@@ -162,11 +161,22 @@ def outcome(root: Path) -> dict[str, Any]:
 
 
 def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert sorted(actual) == sorted(expected)
-    different = [name for name in expected if actual[name] != expected[name]]
-    assert not different, [
-        (name, actual[name], expected[name]) for name in different if "safetensors" not in name
-    ] or different
+    missing, left_over = expected.keys() - actual.keys(), actual.keys() - expected.keys()
+    assert not missing | left_over, f"missing: {sorted(missing)}, left over: {sorted(left_over)}"
+    different = {name: (actual[name], expected[name]) for name in expected}
+    different = {name: pair for name, pair in different.items() if pair[0] != pair[1]}
+    assert not different, {name: next(differences(*pair)) for name, pair in different.items()}
+
+
+def differences(one: Any, other: Any, place: str = "") -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        for key in one:
+            yield from differences(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{place}[{index}]")
+    elif one != other:
+        yield f"{place}: {str(one)[:200]} and {str(other)[:200]}"
 
 
 # ---- crashes ---------------------------------------------------------------------------------
@@ -179,7 +189,7 @@ class Undisturbed:
 
 
 @cache
-def undisturbed(variant: tuple[str, int]) -> Undisturbed:
+def undisturbed(variant: Variant) -> Undisturbed:
     with TemporaryDirectory() as root:
         return Undisturbed(train(Path(root), variant), outcome(Path(root)))
 
@@ -210,7 +220,7 @@ def remains(recorder: Recorder, before: Tree, announced: str = "") -> Iterator[R
                 yield Remains(tree, announced, instant, crash)
 
 
-def check(left: Remains, variant: tuple[str, int], expected: dict[str, Any]) -> Recorder:
+def check(left: Remains, variant: Variant, expected: dict[str, Any]) -> Recorder:
     """What is left becomes the run that was not disturbed."""
     with TemporaryDirectory() as temporary:
         root = Path(temporary)

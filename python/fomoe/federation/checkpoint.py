@@ -28,7 +28,7 @@ from torch import Tensor
 from fomoe.errors import UserError
 from fomoe.federation.health import RoutingHealth
 from fomoe.federation.placement import Placement
-from fomoe.files import cannot, sync_file, sync_folder, write_whole
+from fomoe.files import cannot, make_folder, sync_file, sync_folder, write_whole
 from fomoe.models import MODEL_FORMAT_VERSION
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "incomplete_folder",
     "is_round_folder",
     "read_shards",
+    "remove_incomplete",
     "remove_older",
     "round_folder",
     "write_shard",
@@ -116,14 +117,19 @@ def is_round_folder(path: Path) -> bool:
 def fresh_incomplete_folder(run: Path) -> Path:
     """The hidden folder sites write to before :func:`commit`, emptied of an earlier attempt."""
     folder = incomplete_folder(run)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_incomplete(run)
     with cannot(f"write {folder}"):
-        folder.mkdir(parents=True)
+        make_folder(folder.parent)
+        folder.mkdir()
     return folder
 
 
 def incomplete_folder(run: Path) -> Path:
     return run / "checkpoints" / ".incomplete"
+
+
+def remove_incomplete(run: Path) -> None:
+    shutil.rmtree(incomplete_folder(run), ignore_errors=True)
 
 
 def write_shard(folder: Path, kind: str, site: int, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -166,6 +172,8 @@ def commit(folder: Path, final: Path, manifest: Manifest) -> None:
 def remove_older(run: Path, keep: int) -> None:
     """Remove all checkpoints of a run but the latest ``keep``; each disappears in one step.
 
+    What an earlier removal has left behind goes as well.
+
     Raises
     ------
     UserError
@@ -174,6 +182,7 @@ def remove_older(run: Path, keep: int) -> None:
     for path in _checkpoints(run)[:-keep]:
         with cannot(f"remove checkpoint {path}"):
             path.rename(path.with_name(f"{_REMOVED}{path.name}"))
+            sync_folder(path.parent)  # or a power failure could bring back the name of a part
     for hidden in run.glob(f"checkpoints/{_REMOVED}*"):
         shutil.rmtree(hidden, ignore_errors=True)
 
