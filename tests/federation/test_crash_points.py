@@ -23,7 +23,7 @@ import pytest
 import torch
 from in_process import ThreadTransport, Turns, run_sites
 from nano_task import NanoTask, nano, settings
-from recorded_disk import CRASHES, Disk, Recorder, Tree, read_tree, write_tree
+from recorded_disk import CRASHES, Disk, Killed, Recorder, Tree, read_tree, write_tree
 from torch.distributed import HashStore
 
 from fomoe.errors import UserError
@@ -243,5 +243,41 @@ def some(remains: Iterator[Remains], every: int) -> list[Remains]:
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_a_run_killed_at_any_instant_ends_as_if_it_had_not_been(variant):
     whole = undisturbed(variant)
-    for left in some(remains(whole.recorder, {}), every=31):
+    for left in some(remains(whole.recorder, {}), every=83):
         check(left, variant, whole.outcome)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:2], ids=str)
+def test_so_does_a_run_that_is_killed_again_while_it_goes_on(variant, tmp_path):
+    whole = undisturbed(variant)
+    firsts = [left for left in remains(whole.recorder, {}) if left.announced]
+    for first in some(firsts, every=500)[:: 50 if ALL else 1]:
+        resumed = check(first, variant, whole.outcome)
+        for second in some(remains(resumed, first.tree, first.announced), every=211):
+            check(second, variant, whole.outcome)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+def test_the_record_says_what_a_process_leaves_that_ends_there(share, tmp_path):
+    """Here every thread really ends at the instant, and cleans nothing up."""
+    whole = undisturbed(VARIANTS[0])
+    stop = int(share * len(whole.recorder.changes))
+    disk = Disk({})
+    with pytest.raises(Killed):
+        train(tmp_path, VARIANTS[0], stop)
+    for change in whole.recorder.changes[:stop]:
+        disk.apply(change)
+    left = disk.left("kill")
+    assert left.keys() == read_tree(tmp_path).keys()
+    for name, content in read_tree(tmp_path).items():
+        if name.endswith("safetensors"):  # the others have timings in them
+            assert content == left[name]
+
+
+def test_the_record_of_a_whole_run_is_the_folder_at_its_end(tmp_path):
+    disk = Disk({})
+    for change in train(tmp_path, VARIANTS[0]).changes:
+        disk.apply(change)
+    assert disk.left("kill") == read_tree(tmp_path)
+    synced = disk.left("nothing unsynced")
+    assert [name for name, content in read_tree(tmp_path).items() if synced[name] != content] == []

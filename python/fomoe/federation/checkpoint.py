@@ -129,7 +129,8 @@ def incomplete_folder(run: Path) -> Path:
 
 
 def remove_incomplete(run: Path) -> None:
-    shutil.rmtree(incomplete_folder(run), ignore_errors=True)
+    """Remove the hidden folder with all that is in it, if it is there."""
+    _remove(incomplete_folder(run))
 
 
 def write_shard(folder: Path, kind: str, site: int, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -184,7 +185,15 @@ def remove_older(run: Path, keep: int) -> None:
             path.rename(path.with_name(f"{_REMOVED}{path.name}"))
             sync_folder(path.parent)  # or a power failure could bring back the name of a part
     for hidden in run.glob(f"checkpoints/{_REMOVED}*"):
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(hidden)
+
+
+def _remove(folder: Path) -> None:
+    """So that a power failure does not bring it back; what cannot be removed stays."""
+    if folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        with cannot(f"remove {folder}"):
+            sync_folder(folder.parent)
 
 
 def find_checkpoint(folder: Path) -> Path:
