@@ -68,7 +68,7 @@ class Recorder:
         return str(full.relative_to(self.root)) if full.is_relative_to(self.root) else None
 
     @contextmanager
-    def recording(self) -> Iterator["Recorder"]:
+    def recording(self) -> Iterator[pytest.MonkeyPatch]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(io, "open", self._open(io.open))
             patch.setattr(builtins, "open", io.open)
@@ -79,7 +79,7 @@ class Recorder:
                 patch.setattr(os, name, self._before(kind, getattr(os, name)))
             for name in ("rename", "replace"):
                 patch.setattr(os, name, self._rename(getattr(os, name)))
-            yield self
+            yield patch
 
     def _before(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(path: Any, *args: Any, **options: Any) -> Any:

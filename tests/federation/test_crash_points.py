@@ -125,7 +125,8 @@ def train(root: Path, variant: Variant, stop: int | None = None) -> Recorder:
     """Begin a run in ``root / "run"``, or go on with it: what a user does after any crash."""
     run, recorder = root / "run", Recorder(root, stop)
     config, task = config_of(run, variant), CountingTask(NANO)
-    with recorder.recording():
+    with recorder.recording() as patch:
+        patch.setattr("fomoe.federation.summary.source_commit", lambda: "as it is now")
         try:
             path = run_to_resume(run)
         except UserError as error:
