@@ -151,6 +151,8 @@ class Site:
         self.failed, self.tokens, self.rejected = False, 0, set()
         if self.round > 0:
             self._move_to(self._placement_of(self.round))
+        # Of this round only: a resumed run knows nothing of the earlier ones.
+        self.meetings.exchange.peak_scratch_bytes = 0
         if not self.averages_gradients:
             self.meetings.begin_round(self._values_on_host())
 
@@ -330,7 +332,7 @@ class Site:
         }
 
     def memory_of_the_meeting(self) -> dict[str, int]:
-        """What meetings add, and the peak resident set of the process.
+        """What the round's meetings added, and the peak resident set of the process.
 
         ``exchange_buffers`` is the most that buffers, means, steps, and new momenta and losses of
         the codec took at once; ``outer_momentum`` is that of owned tensors, and
