@@ -126,7 +126,7 @@ def test_a_warm_up_that_has_become_shorter_is_over(tmp_path):
     assert 2 in [value.item() for name, value in state.items() if name.startswith("age/")]
     for warmup_steps in (0, 2):
         optimizer = InnerOptimizer(site.tensors, site.config.optimizer, warmup_steps)
-        optimizer.load(state)
+        optimizer.load(state.items())
         optimizer.step(1.0)
         assert optimizer.age == {}
 

@@ -152,7 +152,7 @@ class Site:
         if self.round > 0:
             self._move_to(self._placement_of(self.round))
         # Of this round only: a resumed run knows nothing of the earlier ones.
-        self.meetings.exchange.peak_scratch_bytes = 0
+        self.meetings.exchange.scratch.peak = 0
         if not self.averages_gradients:
             self.meetings.begin_round(self._values_on_host())
 
