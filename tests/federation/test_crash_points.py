@@ -39,6 +39,7 @@ from fomoe.federation.run_folder import RunFolder, run_to_resume
 from fomoe.federation.site import Site
 
 ALL = os.environ.get("FOMOE_ALL_CRASH_POINTS") == "1"
+pytestmark = pytest.mark.timeout(0 if ALL else 120)
 NANO = nano.Config(
     sites=3, overlap=1, rounds=3, local_steps=2, warmup=1, num_experts=6, top_k=1, dim=16,
     expert_dim=8, placement="random", moved_warmup_steps=5,
