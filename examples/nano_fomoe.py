@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+# fmt: off
 """FoMoE in one file: federated pre-training of a mixture of experts. Read it top to bottom.
 
 M sites, each with its own data and only a slow link to the others, train ONE model:
@@ -8,19 +9,16 @@ M sites, each with its own data and only a slow link to the others, train ONE mo
   fomoe   as diloco, but an expert lives on only `overlap` sites, and may move between rounds. A
           full router scores all experts; where a token picks one that is not resident (a "ghost"),
           that path is skipped: no token ever leaves its site. A partitioned one scores residents.
-A codec sends displacements and steps in few bits; what it loses is added to the next round's.
-All sites live in this process and a message is a copy: only the arithmetic is left, which the real
-trainer must equal bit for bit. Source: FoMoE, arXiv 2606.19025v2, algorithm 1, and our choices.
-Shapes: B batch, S sequence, T = B*S tokens, V = 256 bytes, D model width, F expert width, E experts
-(E_router: those that the router scores), K experts per token. Run: python examples/nano_fomoe.py
+A codec sends displacements and outer steps in few bits; what it loses is sent a round later. Here
+a message is a copy: only the arithmetic is left, which the real trainer must equal bit for bit.
+Source: FoMoE, arXiv 2606.19025v2, algorithm 1, and our choices. B batch, S sequence, T = B*S,
+V = 256 bytes, D model width, F expert width, E experts (E_router: scored ones), K per token.
 """
 
 import hashlib
 import math
 import random
-import re
 from collections import Counter, defaultdict, namedtuple
-from collections.abc import Callable, Iterator
 from dataclasses import make_dataclass
 from pydoc_data.topics import topics
 
@@ -28,50 +26,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SETTINGS = dict(
+Config = make_dataclass("Config", [(key, type(value), value) for key, value in dict(
     strategy="fomoe",  # ddp, diloco or fomoe
     outer="nesterov",  # nesterov, average or local_adamw (averages Adam's moments as well)
-    codec="fp32",  # fp32 (as it is), bf16, int8 or int4
-    inner="adamw",  # adamw or sgd
     router="full",  # full, or partitioned: a site has and scores its residents' rows only
-    router_mean="all",  # of a full router's row: over all, over holders, or rescaled (M / holders)
-    scale_expert_steps=False,  # an expert's mean displacement * sqrt(holders / M)
-    sites=4,  # M
-    overlap=2,  # sites per expert; only fomoe reads this and the next four
-    placement="fixed",  # or random: drawn anew every shuffle_every rounds
-    shuffle_every=1, full_replica_rounds=0,  # rounds at first with every expert on every site
-    moved_warmup_steps=0,  # linear, of the learning rate of an expert that has come to a site
-    rounds=6, local_steps=16, seed=0, dtype=torch.float32,
+    router_mean="all",  # of a full router's row: over all, over holders, or rescaled: all * M / o
+    scale_expert_steps=False,  # an expert's mean displacement * sqrt(o / M)
+    sites=4, overlap=2,  # M; o, sites per expert, which as the next four only fomoe reads
+    placement="fixed", shuffle_every=1,  # or random: drawn anew every so many rounds
+    full_replica_rounds=0, moved_warmup_steps=0,  # all experts everywhere at first; of moved ones
+    inner="adamw", codec="fp32",  # or sgd; fp32 (as it is), bf16, int8 or int4
+    outer_lr=0.7, outer_momentum=0.9, rounds=6, local_steps=16, seed=0, dtype=torch.float32,
     lr=1e-2, warmup=16, min_ratio=0.1,  # warmup steps, linear; then a cosine from 1 to min_ratio
-    betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0,
-    clip=1.0,  # largest norm of one site's gradient; math.inf for none
-    outer_lr=0.7, outer_momentum=0.9,
+    betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, clip=1.0,  # largest norm of a site's gradient
     dim=64, num_layers=2, num_heads=4, num_experts=8, expert_dim=128, top_k=2,
     balance_loss_coefficient=1e-2, z_loss_coefficient=1e-3,
-)  # fmt: skip
-FIELDS, HERE = [(k, type(v), v) for k, v in SETTINGS.items()], {"__module__": __name__}
-Config = make_dataclass("Config", FIELDS, frozen=True, kw_only=True, namespace=HERE)
+).items()], frozen=True, kw_only=True, namespace={"__module__": __name__})
 Result = namedtuple("Result", "parameters momenta sites losses ghost_share bytes_per_site rejected")
-
 
 class MoE(nn.Module):
     def __init__(self, c: Config, resident: tuple[int, ...]) -> None:
         super().__init__()
         scored = tuple(range(c.num_experts)) if c.router == "full" else resident
         self.config, self.columns = c, [scored.index(expert) for expert in resident]
-        self.router, self.experts = nn.Linear(c.dim, len(scored), bias=False), nn.Module()
-        self.experts.w1 = nn.Parameter(torch.empty(len(resident), c.expert_dim, c.dim))
-        self.experts.w2 = nn.Parameter(torch.empty(len(resident), c.dim, c.expert_dim))
-        # Says: row i of a parameter belongs to expert_ids[i] and lives where that expert does,
-        self.experts.expert_ids, self.router.expert_ids = resident, scored
-        self.router.on_every_site = c.router == "full"  # or everywhere.
+        self.router = nn.Linear(c.dim, len(scored), bias=False)
+        w1, w2 = (len(resident), c.expert_dim, c.dim), (len(resident), c.dim, c.expert_dim)
+        self.experts = nn.ParameterDict({"w1": torch.empty(w1), "w2": torch.empty(w2)})
+        self.experts.expert_ids, self.router.expert_ids = resident, scored  # row i: of expert [i]
+        self.router.on_every_site = c.router == "full"  # or a row is where its expert is
 
     def forward(self, x_BSD: Tensor) -> Tensor:  # (B, S, D) -> (B, S, D)
         c, x = self.config, x_BSD.flatten(0, 1)  # (T, D)
         logits = self.router(x)  # (T, E_router)
         gates = logits.sigmoid()  # not normalised: a skipped expert leaves the others' gates alone
-        # A stable sort, because topk promises no order among ties: the lowest expert id wins.
-        chosen = logits.sort(dim=1, descending=True, stable=True).indices[:, : c.top_k]  # (T, K)
+        chosen = logits.sort(descending=True, stable=True).indices[:, : c.top_k]  # ties: lowest id
         y = torch.zeros_like(x)
         for column, w1, w2 in zip(self.columns, self.experts.w1, self.experts.w2, strict=True):
             token = (chosen == column).any(dim=1).nonzero().squeeze(1)
@@ -84,7 +72,6 @@ class MoE(nn.Module):
         self.auxiliary_loss = c.balance_loss_coefficient * balance + c.z_loss_coefficient * z
         return y.view_as(x_BSD)
 
-
 def attention(x: Tensor, heads: int, query, key, value, output) -> Tensor:  # (B, S, D), causal
     q, k, v = (p(x).unflatten(-1, (heads, -1)).transpose(1, 2) for p in (query, key, value))
     exponent = torch.arange(0, q.shape[-1], 2, dtype=x.dtype) / q.shape[-1]
@@ -93,7 +80,6 @@ def attention(x: Tensor, heads: int, query, key, value, output) -> Tensor:  # (B
     q, k = (torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1) for a, b in halves)  # RoPE
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, S, d)
     return output(y.transpose(1, 2).flatten(2))
-
 
 class Model(nn.Module):  # a decoder with tied embeddings
     def __init__(self, c: Config, resident: tuple[tuple[int, ...], ...] | None = None) -> None:
@@ -118,20 +104,15 @@ class Model(nn.Module):  # a decoder with tied embeddings
             x = x + layer.moe_output_norm(layer.moe(layer.moe_norm(x)))
         return F.linear(self.norm(x), self.embedding.weight)
 
-
-def tensors(model: nn.Module, of: Callable = lambda p: p) -> Iterator[tuple[str, Tensor]]:
+def tensors(model: nn.Module, of=lambda parameter: parameter):
     """Names and views of of(parameter), experts one by one: layers.3.moe.experts.17.w1 (F, D)."""
-    for prefix, module in model.named_modules():
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if hasattr(module, "expert_ids"):
-                for expert, row in zip(module.expert_ids, of(parameter).detach(), strict=True):
-                    yield f"{prefix}.{expert}.{name}", row
-            else:
-                yield f"{prefix}.{name}", of(parameter).detach()
+            x, ids = of(parameter).detach(), getattr(module, "expert_ids", None)
+            rows = {path: x} if ids is None else {f"{path}.{e}": x[i] for i, e in enumerate(ids)}
+            yield from ((f"{prefix}.{name}", row) for prefix, row in rows.items())
 
-
-def initialize(model: nn.Module, seed: int) -> nn.Module:
-    """Draw each tensor from its own name: sites agree on it without a message."""
+def initialize(model: nn.Module, seed: int) -> nn.Module:  # every site alike, without a message
     for name, tensor in tensors(model):
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -139,38 +120,26 @@ def initialize(model: nn.Module, seed: int) -> nn.Module:
         tensor.copy_(torch.ones(()) if name.endswith("norm.weight") else noise)
     return model
 
-
 def assemble(model: nn.Module, parameters: dict[str, Tensor]) -> nn.Module:
-    """Give a model its parameters; Model(config) holds every expert and skips nothing."""
     for name, tensor in tensors(model):
         tensor.copy_(parameters[name])
     return model
 
-
-def placement(c: Config, t: int) -> dict[tuple[int, int], tuple[int, ...]]:
+def placement(c: Config, t: int = 0) -> dict[tuple[int, int], tuple[int, ...]]:
     """(layer, expert) -> the sites, ascending, that hold it in round t. All hold equally many."""
-    everywhere = c.strategy != "fomoe" or t < c.full_replica_rounds
+    everywhere, table = c.strategy != "fomoe" or t < c.full_replica_rounds, {}
     o, draw = c.sites if everywhere else c.overlap, (t - c.full_replica_rounds) // c.shuffle_every
     if not 1 <= o <= c.sites or c.num_experts * o % c.sites:
         raise ValueError(f"overlap {o}: need 1..sites, and num_experts * overlap % sites == 0")
-    table = {}
     for i in range(c.num_layers):
         rng, load = random.Random(f"{c.seed}:placement:{draw}:{i}"), Counter()
         for e in sorted(range(c.num_experts), key=lambda _: rng.random()):
             order = [(e * o + i + j) % c.sites for j in range(c.sites)]
-            if c.placement == "random":  # shuffled, and then those first that hold fewest so far
-                order = sorted(range(c.sites), key=lambda _: rng.random())
-                order.sort(key=load.__getitem__)
+            if c.placement == "random":  # those that hold fewest so far, at random among equals
+                order = sorted(range(c.sites), key=lambda s: (load[s], rng.random()))
             table[i, e] = tuple(sorted(order[:o]))
             load.update(table[i, e])
     return dict(sorted(table.items()))
-
-
-def residents(c: Config, site: int, t: int = 0) -> tuple[tuple[int, ...], ...]:
-    """A site's experts per layer in round t, ascending."""
-    table, experts = placement(c, t), range(c.num_experts)
-    return tuple(tuple(e for e in experts if site in table[i, e]) for i in range(c.num_layers))
-
 
 def encode_decode(x: Tensor, codec: str) -> tuple[Tensor, int]:
     """What arrives of x, and the bytes on the way. Integers: 128 elements share a scale."""
@@ -182,129 +151,100 @@ def encode_decode(x: Tensor, codec: str) -> tuple[Tensor, int]:
     y = ((blocks / scale).round().clamp(-largest, largest) * scale).where(scale != 0, 0.0)
     return y.flatten()[: x.numel()].view_as(x), len(blocks) * block_bytes
 
-
-def expert_of(name: str) -> tuple[int, ...]:
-    """layers.3.moe.experts.17.w1 -> (3, 17); the name of a shared tensor has no second number."""
-    return tuple(map(int, re.findall(r"\d+", name)))[:2]
-
-
-def exchange(given: list[tuple[Tensor, float]]) -> Tensor:
-    """(sum of n_i x_i) / (sum of n_i) over sites in order; a single x is copied. Our choice."""
-    first, *rest = [x * n for x, n in given]
-    return sum(rest, first) / sum(n for _, n in given) if rest else given[0][0].clone()
-
-
-def meet(c: Config, views: list[dict], start: dict, table: dict, tokens: list[float],
-         failed: set[int], momenta: dict, lost: dict) -> int:  # fmt: skip
-    """Every site's values become their mean, or start minus an outer step. Returns the traffic."""
+def exchange(c, views, tokens, failed, start, holders, momenta, lost) -> int:
+    """Every site's values become their mean, or start less an outer step. Returns the traffic."""
     averages, traffic = c.strategy == "ddp" or (c.outer != "nesterov" and c.codec == "fp32"), 0
     failed |= {s for s, x in enumerate(views) if not all(y.isfinite().all() for y in x.values())}
-    if len(failed) == c.sites:
-        raise ValueError("no site is left whose values are finite")
+    assert len(failed) < len(views), "no site is left whose values are finite"
     for n in dict.fromkeys(n for view in views for n in view):
-        rows = {s: view[n] for s, view in enumerate(views) if n in view}
-        holders, given, size = table.get(expert_of(n), tuple(rows)), [], 0
-        for s in holders if c.router_mean == "holders" else rows:
+        rows, given = {s: view[n] for s, view in enumerate(views) if n in view}, []
+        h = len(holders[n.split("/")[-1]])  # less than rows: a row of the full router, with ghosts
+        for s in holders[n.split("/")[-1]] if c.router_mean == "holders" else rows:
             offer = rows[s] if averages else start[n] - rows[s] + lost[s, n]
             sent, size = encode_decode(offer, c.codec)
             traffic += size
             if s not in failed:
-                given.append((sent, tokens[s]))
                 lost[s, n] = offer - sent
+                given.append((sent, tokens[s]))
+        traffic += size * (len(rows) - 2)  # the owner's messages to itself cross no link
         if given:
-            new = exchange(given)
-            if not averages:
-                if c.scale_expert_steps and len(rows) == len(holders):
-                    new = new * math.sqrt(len(holders) / c.sites)
-                if c.router_mean == "rescaled":  # only rows of the full router have more rows
-                    new = new * (len(rows) / len(holders))
-                if c.outer == "nesterov":
-                    momenta[n] = momenta.get(n, 0.0) * c.outer_momentum + new
-                    new = (new + momenta[n] * c.outer_momentum) * c.outer_lr
-                step = new + lost[n]
-                sent, _ = encode_decode(step, c.codec)
-                lost[n], new = step - sent, start[n] - sent
+            first, *rest = [x * k for x, k in given]  # in order of sites, by tokens: our choice
+            new = sum(rest, first) / sum(k for _, k in given) if rest else given[0][0].clone()
+        if given and not averages:
+            new = new * (len(rows) / h if c.router_mean == "rescaled" else 1)
+            new = new * (math.sqrt(h / c.sites) if c.scale_expert_steps and len(rows) == h else 1)
+            if c.outer == "nesterov":
+                momenta[n] = momenta.get(n, 0.0) * c.outer_momentum + new
+                new = (new + momenta[n] * c.outer_momentum) * c.outer_lr
+            sent, _ = encode_decode(new + lost[n], c.codec)
+            lost[n], new = new + lost[n] - sent, start[n] - sent
         for x in rows.values():
             x.copy_(new if given else start.get(n, x))
-        traffic += size * (len(rows) - 2)  # an owner's messages to itself cross no link
     return traffic
 
-
-def train(c: Config, batches: Callable, model_factory: Callable = Model) -> Result:
-    """batches(site, step) -> (B, S + 1) int64; model_factory(config, resident): as Model."""
+def train(c: Config, batches, model_factory=Model) -> Result:
+    """batches(site, step) -> (B, S + 1) int64. state (AdamW's), lost, age: by (site, name)."""
     values = dict(tensors(initialize(model_factory(c, None).to(c.dtype), c.seed)))
-    adamw, kinds = {"betas": c.betas, "eps": c.eps}, ("exp_avg", "exp_avg_sq")
-    make, options = {"adamw": (torch.optim.AdamW, adamw), "sgd": (torch.optim.SGD, {})}[c.inner]
-    options |= {"weight_decay": c.weight_decay, "foreach": False, "fused": False}
-    state, age = defaultdict(dict), defaultdict(lambda: math.inf)  # by (site, name): AdamW's, steps
-    sites, owner, momenta, lost, history = [(None, {})] * c.sites, {}, {}, defaultdict(float), []
+    expert = {n: tuple(int(part) for part in n.split(".") if part.isdigit()) for n in values}
+    more = {"betas": c.betas, "eps": c.eps} if c.inner == "adamw" else {}
+    make = torch.optim.AdamW if more else torch.optim.SGD
+    models, views, owner, momenta, history = [None] * c.sites, [{}] * c.sites, {}, {}, []
+    state, lost, age = defaultdict(dict), defaultdict(float), defaultdict(lambda: math.inf)
     for t in range(c.rounds):
-        table, old, owner, traffic = placement(c, t), owner, {}, 0
-        for expert, holders in table.items():  # it averages, and keeps the momentum
-            owner[expert] = min(holders, key=[*owner.values()].count)
-        for s, (_, before) in enumerate(sites):
-            model = assemble(model_factory(c, residents(c, s, t)).to(c.dtype), values)
-            sites[s] = model, dict(tensors(model))
-            for n in sites[s][1].keys() - before.keys() if t else ():  # fetched
+        grid, old, owner, traffic = placement(c, t), owner, {}, 0
+        for place, sites in grid.items():  # the owner averages, and keeps the momentum
+            owner[place] = min(sites, key=[*owner.values()].count)
+        holders = {n: grid.get(expert[n], range(c.sites)) for n in values}
+        for s, before in enumerate(views):  # experts move: weights travel, AdamW starts anew
+            held = [[e for j, e in grid if j == i and s in grid[j, e]] for i in range(c.num_layers)]
+            models[s] = assemble(model_factory(c, held).to(c.dtype), values)
+            views[s] = dict(tensors(models[s]))
+            for n in views[s].keys() - before.keys() if t else ():
                 state[s, n], age[s, n], lost[s, n] = {}, 0, 0.0
                 traffic += values[n].nbytes
-        for n in values:
-            if t and old.get(expert_of(n)) != owner.get(expert_of(n)):
-                lost[n] = 0.0
-                traffic += momenta[n].nbytes if n in momenta else 0
+        for n in (n for n in values if t and old.get(expert[n]) != owner.get(expert[n])):
+            lost[n] = 0.0
+            traffic += values[n].nbytes * (n in momenta)
         losses, rejected, failed, tokens = [], set(), set(), [0.0] * c.sites
         for step in range(t * c.local_steps, (t + 1) * c.local_steps):
-            for s, (model, _) in enumerate(sites):
-                if s not in failed:
-                    model.zero_grad()
-                    batch = batches(s, step)
-                    logits, labels = model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
-                    loss, moes = F.cross_entropy(logits, labels), [x.moe for x in model.layers]
-                    (loss + sum(moe.auxiliary_loss for moe in moes)).backward()
-                    tokens[s] += labels.numel()
-                    losses.append((loss.item(), sum(moe.ghost_share for moe in moes) / len(moes)))
-                    failed |= set() if loss.isfinite() else {s}
+            for s in sorted({*range(c.sites)} - failed):
+                models[s].zero_grad()
+                batch, moes = batches(s, step), [layer.moe for layer in models[s].layers]
+                logits, labels = models[s](batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten()
+                loss = F.cross_entropy(logits, labels)
+                (loss + sum(moe.auxiliary_loss for moe in moes)).backward()
+                losses.append((loss.item(), sum(moe.ghost_share for moe in moes) / len(moes)))
+                tokens[s] += labels.numel()
+                failed |= set() if loss.isfinite() else {s}
             if c.strategy == "ddp":
-                gradients = [dict(tensors(model, lambda p: p.grad)) for model, _ in sites]
-                traffic += meet(c, gradients, {}, table, tokens, failed, momenta, lost)
+                gradients = [dict(tensors(model, lambda p: p.grad)) for model in models]
+                traffic += exchange(c, gradients, tokens, failed, {}, holders, momenta, lost)
                 rejected, failed, tokens = rejected | failed, set(), [0.0] * c.sites
             progress = (step - c.warmup) / max(1, c.rounds * c.local_steps - c.warmup)
             decay = c.min_ratio + (1 - c.min_ratio) * (1 + math.cos(math.pi * progress)) / 2
             lr = c.lr * ((step + 1) / c.warmup if step < c.warmup else decay)
-            for s, (model, views) in enumerate(sites):
-                if s not in failed:
-                    nn.utils.clip_grad_norm_(model.parameters(), c.clip)
-                    for n, gradient in tensors(model, lambda p: p.grad):
-                        age[s, n] += 1
-                        warm = min(1, age[s, n] / max(1, c.moved_warmup_steps))
-                        optimizer = make([views[n]], lr=lr * warm, **options)
-                        optimizer.state[views[n]], views[n].grad = state[s, n], gradient
-                        optimizer.step()
+            for s in sorted({*range(c.sites)} - failed):
+                nn.utils.clip_grad_norm_(models[s].parameters(), c.clip)
+                for n, gradient in tensors(models[s], lambda p: p.grad):
+                    x, age[s, n] = views[s][n], age[s, n] + 1
+                    warm = min(1, age[s, n] / max(1, c.moved_warmup_steps))
+                    inner = make([x], lr * warm, weight_decay=c.weight_decay, foreach=False, **more)
+                    inner.state[x], x.grad = state[s, n], gradient
+                    inner.step()
         if c.strategy != "ddp":
-            views = [dict(x) for _, x in sites]
-            for s, n in state if c.outer == "local_adamw" else ():
-                if n in views[s]:
-                    views[s] |= {f"{k}/{n}": state[s, n][k] for k in kinds}
-            traffic += meet(c, views, values, table, tokens, failed, momenta, lost)
-            for s, n in state:
-                if s in failed and not all(x.isfinite().all() for x in state[s, n].values()):
-                    state[s, n].clear()
-        values = {n: x for _, views in sites for n, x in views.items()}
+            offers = [view | {f"{k}/{n}": x for n in view for k, x in state[s, n].items()
+                      if c.outer == "local_adamw" and k != "step"} for s, view in enumerate(views)]
+            traffic += exchange(c, offers, tokens, failed, values, holders, momenta, lost)
+            for (s, _), y in state.items():
+                if s in failed and not all(x.isfinite().all() for x in y.values()):
+                    y.clear()
+        values = {n: x for view in views for n, x in view.items()}
         means = torch.tensor(losses, dtype=torch.float64).mean(dim=0).tolist()
         history.append((*means, traffic / c.sites, tuple(sorted(rejected | failed))))
-    sites = [(model, {n: state[s, n] for n in views}) for s, (model, views) in enumerate(sites)]
+    sites = [(models[s], {n: state[s, n] for n in views[s]}) for s in range(c.sites)]  # of AdamW
     return Result(values, momenta, sites, *map(list, zip(*history, strict=True)))
 
-
 if __name__ == "__main__":
-    windows = torch.tensor(list("".join(topics.values()).encode())).unfold(0, 65, 64)  # (N, S + 1)
-    held_out, seen = windows[::60], windows[torch.arange(len(windows)) % 60 > 0]
-    print("strategy   assembled loss   bytes per site and round   ghost share")
+    text = torch.tensor(list("".join(topics.values()).encode())).unfold(0, 65, 64)  # (N, S + 1)
     for name in ("ddp", "diloco", "fomoe"):
-        c = Config(strategy=name)
-        run = train(
-            c, lambda s, step: seen[random.Random(f"{s} {step}").sample(range(len(seen)), 8)]
-        )
-        logits = assemble(Model(c), run.parameters)(held_out[:, :-1]).flatten(0, 1)
-        loss, ghosts = F.cross_entropy(logits, held_out[:, 1:].flatten()), run.ghost_share[-1]
-        print(f"{name:8}{loss:17.4f}{run.bytes_per_site[-1]:27,.0f}{ghosts:14.1%}")
+        print(name, *train(Config(strategy=name), lambda s, t: text[8 * (4 * t + s) :][:8])[3:])

@@ -7,7 +7,8 @@ Builds for this machine, then probes what the emulation of the kernels assumes a
 then tests, measures, and looks for wrong accesses and races; results come in that order, so that
 little time shows first whether the kernels are right. Needs nvcc, a CUDA build of torch and, in the
 same environment, pybind11, cmake, ninja and pytest; no network. The package is installed by pip, or
-by CMake alone where pip cannot (no scikit-build-core, or an old one).
+by CMake alone where pip cannot (no scikit-build-core, or an old one). Training needs pydantic and
+typer, too; wheels of what is missing are taken from build/wheels (`make gpu-wheels`).
 
 The results are in build/gpu-check: results.json, a log per step, the measurements as JSON lines.
 With --output, or the environment variable OUT, they are also gathered there in four files.
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path("build/gpu-check")  # commands run in ROOT
 CPP = FOLDER / "cpp"  # build folder of the C++ tests and benchmarks
 SITE = FOLDER / "site"  # where the package is installed
+WHEELS = Path("build/wheels")  # of packages that this machine lacks and cannot download
 # The shapes of the targets in docs/benchmarks.md.
 BENCHES = {
     "topk_gate": "--shape qwen3-30b --shape qwen3-next",
@@ -51,7 +53,8 @@ PARITY = PYTESTS.pop("parity")  # more than half of all: in two halves
 PYTESTS |= {"parity 16 bit": [*PARITY, "-k", "float16"]}
 PYTESTS |= {"parity 32, 64 bit": [*PARITY, "-k", "not float16"]}
 PACKAGES = ("numpy", "cmake", "ninja", "pybind11", "scikit-build-core", "pytest", "pytest-timeout",
-            "hypothesis", "safetensors", "rich", "transformers", "triton")  # fmt: skip
+            "hypothesis", "safetensors", "pydantic", "typer", "rich", "transformers",
+            "triton")  # fmt: skip
 
 
 # ---- The steps -------------------------------------------------------------------------------
@@ -79,6 +82,17 @@ def stages() -> list[list[Step]]:
             for name in sorted(PYTESTS)
         ],
         *([_bench(name)] for name in BENCHES),
+        [
+            Step(
+                "train",
+                [python, "bench/federation/train_on_gpu.py"],
+                150,
+                ("package",),
+                environment=ours,
+                stdout=FOLDER / "bench_train.jsonl",
+                may_be_cut=True,
+            )
+        ],
         [
             Step(
                 "bench layer",
@@ -119,7 +133,11 @@ def _install(python: str) -> str:
         f" printf 'Metadata-Version: 2.1\\nName: fomoe\\nVersion: 0\\n' >{info}/METADATA;"
         f" cmake --install {build} --prefix {SITE}"
     )
-    return f"{by_pip} || ({by_cmake})"
+    # What the machine lacks may have been brought along.
+    carried = (
+        f"{python} -m pip install --no-index --no-deps --upgrade --target {SITE} {WHEELS}/*.whl"
+    )
+    return f"({by_pip} || ({by_cmake})); if [ -d {WHEELS} ]; then {carried}; fi"
 
 
 def _build_cpp() -> str:
@@ -293,6 +311,8 @@ def measurements() -> Iterator[str]:
 
 
 def _measurement(line: dict[str, Any]) -> str:
+    if "bench" in line:
+        return _training(line)
     if "contender" in line:
         size = ",".join(str(value) for value in line["shape"].values())
         name = f"{size} {line['pass']} {line['contender']}"
@@ -304,6 +324,18 @@ def _measurement(line: dict[str, Any]) -> str:
     for key in ("of_copy", "of_dense", "cost"):
         text += f"  {key} {line[key]['median']:.2f}" if line.get(key) else ""
     return text
+
+
+def _training(line: dict[str, Any]) -> str:
+    name = f"{line['bench']} {line['shape']} {line.get('strategy', '')} on {line['device']}"
+    if "moe_share" in line:
+        return f"{name:<52} {line['step_ms'] * 1e3:9.1f} us  MoE {line['moe_share']['median']:.0%}"
+    peak = max(site.get("peak_device", 0) for site in line["memory_per_site"])
+    text = f"{name:<52} {line['tokens_per_second']:9,.0f} tokens/s  {peak / 1e9:.2f} GB per site"
+    text += f"  loss {line['loss']:.4f}"
+    return text + (
+        f" ({line['of_loss_on_cpu']:.4f} of the CPU's)" if "of_loss_on_cpu" in line else ""
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

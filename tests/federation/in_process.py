@@ -15,12 +15,50 @@ from fomoe.federation.site import Site
 _Result = TypeVar("_Result")
 
 
-class Network:
-    """What the transports of one federation have in common."""
+class Turns:
+    """In the place of a barrier: one site works at a time, so that every run is the same sequence.
+
+    The last to arrive hands over to the first, which thus goes on when all have arrived.
+    """
 
     def __init__(self, sites: int) -> None:
         self.sites = sites
-        self.barrier = threading.Barrier(sites, timeout=60)
+        self.next = 0
+        self.broken = False
+        self.changed = threading.Condition()
+        self.me = threading.local()
+
+    def begin(self, site: int) -> None:
+        self.me.site = site
+        self._await_my_turn()
+
+    def wait(self) -> None:
+        self.end()
+        self._await_my_turn()
+
+    def end(self) -> None:
+        with self.changed:
+            self.next = (self.next + 1) % self.sites
+            self.changed.notify_all()
+
+    def abort(self) -> None:
+        with self.changed:
+            self.broken = True
+            self.changed.notify_all()
+
+    def _await_my_turn(self) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.broken or self.next == self.me.site, timeout=60)
+            if self.next != self.me.site or self.broken:
+                raise threading.BrokenBarrierError
+
+
+class Network:
+    """What the transports of one federation have in common."""
+
+    def __init__(self, sites: int, barrier: threading.Barrier | Turns | None = None) -> None:
+        self.sites = sites
+        self.barrier = barrier or threading.Barrier(sites, timeout=60)
         self.board: dict[int, Any] = {}
 
 
@@ -62,9 +100,10 @@ def run_sites(
     sites: int,
     work: Callable[[ThreadTransport], _Result],
     before_call: Callable[[int], Callable[[], None]] = lambda site: lambda: None,
+    barrier: Turns | None = None,
 ) -> list[_Result]:
     """What ``work`` returns at every site; raises what the first site to fail raised."""
-    network, results, errors = Network(sites), {}, []
+    network, results, errors = Network(sites, barrier), {}, []
 
     def run(site: int) -> None:
         torch.set_num_threads(1)

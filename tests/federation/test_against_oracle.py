@@ -91,6 +91,14 @@ def test_the_trainer_equals_the_oracle(changes, tmp_path):
     assert_same(config, sites, expected)
 
 
+FAULTS = {
+    "loss": lambda loss: loss * math.nan,
+    "loss, but not its gradient": lambda loss: loss + math.inf,
+    "gradient, but not the loss": lambda loss: loss + (loss * 0).sqrt(),
+}
+"""What of a step is not finite."""
+
+
 def poisoned_batch(site, step):
     """Site 1 sees tokens of 255 in its fourth step, the last of its second round."""
     tokens = batch(site, step)
@@ -102,14 +110,24 @@ class PoisonedTask(NanoTask):
         return poisoned_batch(site, step)
 
 
-@pytest.mark.parametrize("changes", [{}, RANDOM, {"strategy": "ddp"}, {"codec": "int8"}])
-def test_the_trainer_leaves_out_whom_the_oracle_leaves_out(changes, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({}, "loss"),
+        (RANDOM, "loss"),
+        ({"strategy": "ddp"}, "loss"),
+        ({"codec": "int8"}, "loss"),
+        ({"strategy": "ddp"}, "loss, but not its gradient"),
+        ({"outer": "local_adamw"}, "gradient, but not the loss"),
+    ],
+)
+def test_the_trainer_leaves_out_whom_the_oracle_leaves_out(changes, fault, monkeypatch, tmp_path):
     config = dataclasses.replace(SMALL, **changes)
     original = torch.nn.functional.cross_entropy
 
     def poisoned(logits, labels):
         loss = original(logits, labels)
-        return loss * math.nan if (labels == 255).any() else loss
+        return FAULTS[fault](loss) if (labels == 255).any() else loss
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", poisoned)
     sites, expected = run_both(config, PoisonedTask(config), poisoned_batch, tmp_path)

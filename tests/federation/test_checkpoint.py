@@ -10,6 +10,7 @@ from test_failures import TINY
 
 from fomoe.cli import main
 from fomoe.errors import UserError
+from fomoe.federation import checkpoint
 from fomoe.federation.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
@@ -70,6 +71,17 @@ def test_a_written_checkpoint_reads_back(tmp_path):
     checkpoint.verify()
     assert checkpoint.folder.name == "round-000002"
     assert torch.equal(checkpoint.model()["a"], torch.arange(3.0))
+
+
+def test_only_rows_of_stacked_tensors_are_copied_to_be_written(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(checkpoint, "save_file", lambda tensors, path: written.update(tensors))
+    whole, stacked = torch.arange(3.0), torch.arange(6.0).view(2, 3)
+    monkeypatch.setattr(checkpoint, "sync_file", lambda path: path.touch())
+    write_shard(tmp_path, "model", 0, {"whole": whole, "row": stacked[1]})
+    assert written["whole"].data_ptr() == whole.data_ptr()
+    assert written["row"].untyped_storage().nbytes() == 12
+    assert torch.equal(written["row"], stacked[1])
 
 
 def test_a_flipped_byte_is_noticed(tmp_path):

@@ -99,6 +99,13 @@ def test_settings_survive_json_and_are_frozen(tmp_path: Path):
         config.federation.rounds = 3  # type: ignore[misc]
 
 
+@pytest.mark.filterwarnings("error")
+def test_devices_of_single_sites_survive_json(tmp_path: Path):
+    config = load(tmp_path, FOMOE, 'training.device=["cpu", "cuda", "cuda:1", "cpu"]')
+    assert config.training.device_of(2) == "cuda:1"
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 def test_a_named_model_survives_json_and_keeps_its_own_vocabulary(tmp_path: Path):
     config = load(tmp_path, FOMOE + '[model]\nname = "small"\nvocab_size = 300')
     assert config.to_dict()["model"] == {"name": "small", "vocab_size": 300}
@@ -194,6 +201,66 @@ def test_one_wrong_override_is_named_with_what_was_expected(
         (
             ["model.name=small", "model.dim=64"],
             "model.name = 'small' fixes the model, so model.dim cannot be set as well",
+        ),
+        (
+            ["federation.moved_warmup_steps=3", "federation.full_replica_rounds=1"],
+            "federation.moved_warmup_steps = 3, but no expert comes to a site during the run: that "
+            "takes federation.placement = 'random' and federation.overlap < federation.sites",
+        ),
+        (
+            ["federation.strategy=diloco", "federation.overlap=4", "federation.placement=random"],
+            "federation.placement = 'random' needs federation.strategy = 'fomoe'; 'diloco' holds "
+            "every expert on every site",
+        ),
+        (
+            ["federation.shuffle_every=2"],
+            "federation.shuffle_every = 2 does not fit federation.placement = 'fixed': 'random' "
+            "draws one every so many rounds, at least 1; 'fixed' draws none, 0",
+        ),
+        (
+            ["federation.full_replica_rounds=11"],
+            "federation.full_replica_rounds = 11 is more than federation.rounds = 10",
+        ),
+        (
+            ["federation.strategy=ddp", "federation.overlap=4", "federation.codec=int8"],
+            "federation.codec = 'int8' cannot be used with federation.strategy = 'ddp': error "
+            "feedback needs rounds",
+        ),
+        (
+            ["federation.outer=local_adamw", "federation.codec=bf16"],
+            "federation.codec = 'bf16' cannot be used with federation.outer = 'local_adamw', whose "
+            "moments are no differences: use 'fp32'",
+        ),
+        (
+            ["federation.outer=local_adamw", "optimizer.name=sgd"],
+            "federation.outer = 'local_adamw' needs optimizer.name = 'adamw', got 'sgd'",
+        ),
+        (
+            ["federation.outer=average", "federation.router_mean=rescaled"],
+            "federation.router_mean = 'rescaled' scales differences, but federation.outer = "
+            "'average' averages values: use 'nesterov'",
+        ),
+        (
+            ["federation.outer=average", "federation.scale_expert_steps=true"],
+            "federation.scale_expert_steps = True scales differences, but federation.outer = "
+            "'average' averages values: use 'nesterov'",
+        ),
+        (
+            ["federation.ranks_per_site=3"],
+            "training.batch_size = 8, the sequences of a site, is not divisible by "
+            "federation.ranks_per_site = 3",
+        ),
+        (
+            ["training.device=gpu"],
+            "training.device: expected 'cpu', 'cuda' or 'cuda:' and a number, got 'gpu'",
+        ),
+        (
+            ['training.device=["cpu", "cuda:0", 1, "cpu"]'],
+            "training.device[2]: expected 'cpu', 'cuda' or 'cuda:' and a number, got 1",
+        ),
+        (
+            ['training.device=["cpu", "cuda"]'],
+            "training.device has 2 entries, but federation.sites = 4",
         ),
         (['data.paths=["a", "a"]'], "data.paths names 'a' 2 times"),
         (

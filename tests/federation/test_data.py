@@ -64,6 +64,13 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(tmp_path: Path):
         LanguageModelTask(settings(tmp_path, *overrides, "model.vocab_size=304")).check()
 
 
+def test_a_shape_that_does_not_fit_names_its_setting():
+    with pytest.raises(UserError, match=r"model.num_groups: expected a divisor of num_experts = "):
+        LanguageModelTask(
+            Config.from_dict({"federation": {"strategy": "ddp"}, "model": {"num_groups": 3}})
+        )
+
+
 def test_a_run_on_streams_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.toml").write_text(TINY.replace("max_bytes = 100000\n", ""))
     overrides = [write(tmp_path), write_tokenizer(tmp_path), "model.vocab_size=305"]

@@ -30,10 +30,14 @@ def measured(config, folder):
 def expected(config):
     tensors = federated_tensors(NanoTask(config).build_model(None))
     shared = sum(4 * t.num_elements for t in tensors if t.expert is None)
-    one_expert = sum(4 * t.num_elements for t in tensors if (t.layer, t.expert) == (0, 0))
+    of_one = [tensor for tensor in tensors if (tensor.layer, tensor.expert) == (0, 0)]
+    one_expert = sum(4 * t.num_elements for t in of_one if not t.on_every_site)
+    one_row = sum(4 * t.num_elements for t in of_one if t.on_every_site)
     overlap = config.overlap if config.strategy == "fomoe" else config.sites
     placement = fixed(config.num_layers, config.num_experts, config.sites, overlap)
-    return expected_round_bytes(placement, shared_bytes=shared, expert_bytes=one_expert)
+    return expected_round_bytes(
+        placement, shared_bytes=shared, expert_bytes=one_expert, router_bytes=one_row
+    )
 
 
 def test_the_formula_on_a_case_worked_by_hand():

@@ -4,6 +4,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from test_failures import tiny
 from fomoe.errors import SiteFailed, UserError
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
 from fomoe.federation.launch import train
+from fomoe.federation.placement import everywhere
 from fomoe.federation.resume import check_corpus, notes
 from fomoe.federation.run_folder import run_folder_of
 from fomoe.federation.site import Site
+from fomoe.federation.site_state import saved_state
+from fomoe.nn import ModelTensor
 
 LONGER = dataclasses.replace(CONFIG, rounds=4)
 
@@ -201,3 +205,29 @@ def test_a_run_goes_on_with_other_sites_or_places_and_loses_nothing(
     resume(tmp_path, after)
     assert sentence in capsys.readouterr().err
     assert Checkpoint(find_checkpoint(tmp_path)).manifest["completed_rounds"] == 2
+
+
+class CheckpointOfTwoSites:
+    """The second site still warms up an expert that came to it; the first has had it for long."""
+
+    sites, placement = 2, None
+    files = (
+        {"step/a": torch.tensor(9.0), "exp_avg/a": torch.ones(1)},
+        {"step/a": torch.tensor(1.0), "exp_avg/a": torch.zeros(1), "age/a": torch.tensor(1)},
+    )
+
+    def state_names(self, site):
+        return set(self.files[site])
+
+    def state(self, site, names):
+        return {name: self.files[site][name] for name in names}
+
+
+@pytest.mark.parametrize("site", [0, 1])
+def test_all_of_a_tensors_state_comes_from_one_site(site):
+    checkpoint = CheckpointOfTwoSites()
+    parameter = torch.nn.Parameter(torch.ones(1))
+    meetings = SimpleNamespace(exchange=SimpleNamespace(owned=[]))
+    tensors = [ModelTensor("a", parameter)]
+    placement = everywhere(0, 0, 3)
+    assert saved_state(checkpoint, site, placement, tensors, meetings) == checkpoint.files[site]

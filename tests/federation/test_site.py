@@ -10,6 +10,8 @@ from in_process import ThreadTransport, run_sites, train_in_threads
 from nano_task import NanoTask, nano, settings
 
 from fomoe.errors import UserError
+from fomoe.federation.config import Config
+from fomoe.federation.inner_optimizer import InnerOptimizer
 from fomoe.federation.placement import placement_of_round
 from fomoe.federation.site import Site
 
@@ -118,6 +120,17 @@ def test_the_learning_rate_of_an_expert_that_came_grows_to_the_others(tmp_path):
     assert factors == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0, 1.0]
 
 
+def test_a_warm_up_that_has_become_shorter_is_over(tmp_path):
+    site = train(tmp_path, dataclasses.replace(SMALL, rounds=2), **RANDOM)[0]
+    state = site.optimizer.state()
+    assert 2 in [value.item() for name, value in state.items() if name.startswith("age/")]
+    for warmup_steps in (0, 2):
+        optimizer = InnerOptimizer(site.tensors, site.config.optimizer, warmup_steps)
+        optimizer.load(state.items())
+        optimizer.step(1.0)
+        assert optimizer.age == {}
+
+
 def test_random_places_of_experts_that_are_everywhere_change_nothing(tmp_path):
     everywhere = dataclasses.replace(SMALL, overlap=4)
     assert_same(
@@ -170,6 +183,40 @@ def test_a_run_in_which_every_site_fails_ends_with_what_to_do(tmp_path):
         train(tmp_path, task=PoisonedTask(SMALL, poisoned={0, 1, 2, 3}))
 
 
+class FrozenTask(NanoTask):
+    """Of the first layer only the router is trained."""
+
+    def build_model(self, residents):
+        model = super().build_model(residents)
+        model.layers[0].requires_grad_(False)
+        model.layers[0].moe.router.requires_grad_(True)
+        return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"outer": "average"},
+        {"outer": "local_adamw", "placement": "random"},
+        {"codec": "int4", "placement": "random"},
+        {"strategy": "ddp"},
+    ],
+)
+def test_what_is_not_trained_keeps_its_bits_and_does_not_travel(changes, tmp_path):
+    config = dataclasses.replace(SMALL, **changes)
+    task = FrozenTask(config)
+    values = settings(config, tmp_path).to_dict()
+    values["optimizer"]["weight_decay"] = 0.1
+    sites = train_in_threads(Config.from_dict(values), task)
+    before = dict(nano.tensors(task.build_model(None)))
+    for site in sites:
+        for tensor in site.tensors:
+            assert torch.equal(tensor.value, before[tensor.name]) != tensor.is_trained, tensor.name
+        trained = {tensor.name for tensor in site.tensors if tensor.is_trained}
+        assert {piece.tensor for piece in site.meetings.exchange.pieces} == trained
+        assert {name.partition("/")[2] for name in site.optimizer.state()} == trained
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int8", "int4"])
 @pytest.mark.parametrize("outer", ["nesterov", "average"])
 def test_holders_agree_to_the_bit_through_every_codec(codec, outer, tmp_path):
@@ -179,6 +226,18 @@ def test_holders_agree_to_the_bit_through_every_codec(codec, outer, tmp_path):
     for site in sites:
         for tensor in site.tensors:
             assert torch.equal(seen.setdefault(tensor.name, tensor.value), tensor.value)
+
+
+def test_what_a_codec_lost_is_dropped_by_one_that_loses_nothing(tmp_path):
+    config = dataclasses.replace(SMALL, rounds=1)
+    sites = train(tmp_path, config, codec="int8")
+    state = sites[0].meetings.state()
+    kinds = {"outer_momentum", "lost_up", "lost_down"}
+    assert {name.partition("/")[0] for name in state} == kinds
+    for codec, kept in (("int4", kinds), ("fp32", {"outer_momentum"})):
+        site = Site(settings(config, tmp_path, codec=codec), NanoTask(config), sites[0].transport)
+        site.meetings.load(state)
+        assert {name.partition("/")[0] for name in site.meetings.state()} == kept
 
 
 def test_local_adamw_averages_the_moments_as_well(tmp_path):

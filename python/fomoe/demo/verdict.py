@@ -61,7 +61,7 @@ def _exchange_bytes(run: Mapping[str, Any]) -> int:
 def tensor_bytes_per_site(run: Mapping[str, Any]) -> int:
     """Bytes of all tensor classes on the site that has most."""
     memory: list[int] = [
-        sum(num_bytes for name, num_bytes in site.items() if name != "peak_rss")
+        sum(num_bytes for name, num_bytes in site.items() if not name.startswith("peak_"))
         for site in run["memory_per_site"]
     ]
     return max(memory)

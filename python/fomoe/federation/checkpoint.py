@@ -136,12 +136,16 @@ def write_shard(folder: Path, kind: str, site: int, tensors: Mapping[str, Tensor
         When the disk is full or the folder cannot be written.
     """
     path = folder / f"{kind}-{site}.safetensors"
-    # A clone per tensor: rows of a stacked parameter share storage, which the format refuses.
-    owned = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     with _cannot_write(f"checkpoint file {path}"):
-        save_file(owned, path)
+        save_file({name: _with_own_storage(tensor) for name, tensor in tensors.items()}, path)
         sync_file(path)
         return FileRecord(path.name, kind, site, path.stat().st_size, _sha256(path))
+
+
+def _with_own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it is a row of a stacked one: the format refuses shared storage."""
+    value = tensor.detach().cpu()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def commit(folder: Path, final: Path, manifest: Manifest) -> None:

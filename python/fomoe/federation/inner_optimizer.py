@@ -88,8 +88,12 @@ class InnerOptimizer:
     # ---- state by tensor name ----------------------------------------------------------------
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's moments by kind and tensor name, themselves; zeros where there are none yet."""
-        states = {name: self._state_of(name) for name in self.values}
+        """AdamW's moments of what is trained, by kind and tensor name, themselves.
+
+        Zeros where there are none yet.
+        """
+        names = [name for name, tensor in self.tensors.items() if tensor.is_trained]
+        states = {name: self._state_of(name) for name in names}
         return {
             kind: {name: self._seen_as(name, state[kind]) for name, state in states.items()}
             for kind in MOMENTS
@@ -113,12 +117,11 @@ class InnerOptimizer:
         """Take over entries of a :meth:`state`; tensors without any begin anew."""
         for key, value in saved:
             kind, _, name = key.partition("/")
-            if kind == _AGE:
+            if kind != _AGE:
+                part = self._state_of(name)[kind]
+                copy_part(part if kind == _STEP else self._seen_as(name, part), value)
+            elif value < self.warmup_steps:  # which may have become shorter
                 self.age[name] = int(value)
-            elif kind == _STEP:
-                self._state_of(name)[kind].copy_(value)
-            else:
-                copy_part(self._seen_as(name, self._state_of(name)[kind]), value)
 
     def warm_up(self, names: Iterable[str]) -> None:
         """These tensors have just come to the site: their learning rate starts low."""

@@ -126,15 +126,19 @@ class Meetings:
         return {f"{kind}/{key}": v for kind, values in kinds.items() for key, v in values.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state` gave, entries of other kinds left aside."""
+        """Take over what :meth:`state` gave, entries of other kinds left aside.
+
+        What a lossy codec lost is dropped when this one loses nothing.
+        """
 
         def of(kind: str) -> dict[str, Tensor]:
             prefix = f"{kind}/"
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
         self.outer.momentum = of(OUTER_MOMENTUM)
-        self.exchange.lost_up.load(of(LOST_UP))
-        self.exchange.lost_down.load(of(LOST_DOWN))
+        if self.codec.is_lossy:
+            self.exchange.lost_up.load(of(LOST_UP))
+            self.exchange.lost_down.load(of(LOST_DOWN))
 
     def _exchange(self, tensors: Sequence[ModelTensor], placement: Placement) -> Exchange:
         settings = self.settings
@@ -184,8 +188,10 @@ class Meetings:
             {kind: self._mean(contribution, attendance) for kind, contribution in kinds.items()},
         )
 
-    def mean_gradients(self, gradients: Mapping[str, Tensor], tokens: int) -> Meeting:
-        """Mean of all sites' gradients.
+    def mean_gradients(
+        self, gradients: Mapping[str, Tensor], tokens: int, *, failed: bool
+    ) -> Meeting:
+        """Mean of the gradients of all sites that have not ``failed``.
 
         Raises
         ------
@@ -193,7 +199,7 @@ class Meetings:
             No site's gradients are finite.
         """
         parcel = self.exchange.pack(gradients)
-        attendance = self._attend(tokens, rejected=not parcel.is_finite)
+        attendance = self._attend(tokens, rejected=failed or not parcel.is_finite)
         means = self.exchange.reduce(parcel, attendance)
         return Meeting(attendance, {}, False, self.exchange.distribute(means, attendance), {})
 

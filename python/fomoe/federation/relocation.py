@@ -92,7 +92,7 @@ def _items(
             for site in new.holders(*place):
                 if site not in old.holders(*place):
                     yield _Item(tensor, True, owner, site)
-        if with_momentum and new.owner(*place) != owner:
+        if with_momentum and tensor.is_trained and new.owner(*place) != owner:
             yield _Item(tensor, False, owner, new.owner(*place))
 
 

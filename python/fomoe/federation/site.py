@@ -168,7 +168,7 @@ class Site:
         if not math.isfinite(loss):
             self.failed = not self.averages_gradients
         if self.averages_gradients:
-            self._average_gradients(num_tokens)
+            self._average_gradients(num_tokens, failed=not math.isfinite(loss))
         if not self.failed:
             if self.config.optimizer.clip_norm > 0:
                 clip_gradients(self.model.parameters(), self.config.optimizer.clip_norm)
@@ -205,11 +205,12 @@ class Site:
                 meeting = self.meetings.meet(values, moments, self.tokens, failed=self.failed)
         self.rejected = set(self.ranks.tell(meeting.attendance.rejected))
         self.ranks.assign(self._values(), meeting.write_value)
-        if self.site in self.rejected:
-            self.optimizer.forget(self.ranks.union(self.optimizer.not_finite()))
         if self.config.federation.outer == "local_adamw":
             for kind, targets in self.optimizer.moments().items():
                 self.ranks.assign(targets, partial(meeting.write_moment, kind))
+        if self.site in self.rejected:
+            # After the others' moments have come: with those the steps it has counted go on.
+            self.optimizer.forget(self.ranks.union(self.optimizer.not_finite()))
         self.meetings.commit()
 
     def _values(self) -> dict[str, Tensor]:
@@ -231,9 +232,9 @@ class Site:
         loss.objective.backward()  # type: ignore[no-untyped-call]
         return self.ranks.average(self.model, float(loss.language_model.item()))
 
-    def _average_gradients(self, tokens: int) -> None:
+    def _average_gradients(self, tokens: int, *, failed: bool) -> None:
         for tensor in self.tensors:
-            if tensor.parameter.grad is None:
+            if tensor.is_trained and tensor.parameter.grad is None:
                 tensor.parameter.grad = torch.zeros_like(tensor.parameter)
         gradients = {
             tensor.name: tensor.of(tensor.parameter.grad)
@@ -244,7 +245,7 @@ class Site:
         averaged = self.meetings.missed()
         with self.ranks.together():
             if self.ranks.leader:
-                averaged = self.meetings.mean_gradients(host, tokens)
+                averaged = self.meetings.mean_gradients(host, tokens, failed=failed)
         self.rejected |= set(self.ranks.tell(averaged.attendance.rejected))
         self.ranks.assign(gradients, averaged.values.write)
 
@@ -342,7 +343,13 @@ class Site:
             "codec_residuals": tensor_bytes(lost),
             "exchange_buffers": exchange.scratch.peak,
             "peak_rss": peak_rss(),
+            **self._peak_on_device(),
         }
+
+    def _peak_on_device(self) -> dict[str, int]:
+        if self.device.type != "cuda":
+            return {}
+        return {"peak_device": torch.cuda.max_memory_allocated(self.device)}
 
     # ---- checkpoint -------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ AdamW's state of a tensor is as good from another holder. What a codec lost is t
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,34 +37,51 @@ def saved_state(
     names = {donor: checkpoint.state_names(donor) for donor in range(checkpoint.sites)}
     # Its own file first: data of a site with the same number is most like its own.
     donors = sorted(names, key=lambda donor: donor != site % checkpoint.sites)
+    missing = {tensor.name for tensor in tensors}
     state: dict[str, Tensor] = {}
     for donor in donors:
-        wanted = {
-            name
-            for name in names[donor] - state.keys()
-            if name.partition("/")[2] in {tensor.name for tensor in tensors}
-        }
-        state |= checkpoint.state(donor, wanted)
+        # All of a tensor's entries from one donor: its steps belong to its moments.
+        entries = {name for name in names[donor] if _tensor_of(name) in missing}
+        missing -= set(map(_tensor_of, entries))
+        state |= checkpoint.state(donor, entries)
+    saved = _saved_momenta(names)
     for piece in meetings.exchange.owned:
-        momentum = _momentum(checkpoint, names, piece)
+        momentum = _momentum(checkpoint, saved.get(piece.tensor, []), piece)
         if momentum is not None:
             state[f"{OUTER_MOMENTUM}/{piece.key}"] = momentum
     return state
 
 
-def _momentum(checkpoint: Checkpoint, names: dict[int, set[str]], piece: Piece) -> Tensor | None:
-    """Put together from the pieces that others owned; None when there is none of it."""
-    found: Tensor | None = None
+def _tensor_of(name: str) -> str:
+    return name.partition("/")[2]
+
+
+class _SavedPiece(NamedTuple):
+    donor: int
+    name: str
+    start: int
+    stop: int
+
+
+def _saved_momenta(names: Mapping[int, set[str]]) -> dict[str, list[_SavedPiece]]:
+    """The pieces of momentum in the files of all sites, by tensor name."""
+    saved: dict[str, list[_SavedPiece]] = {}
     for donor, donated in names.items():
         for name in donated:
-            match = _PIECE.fullmatch(name)
-            if match is None or match["tensor"] != piece.tensor:
-                continue
-            start, stop = int(match["start"]), int(match["stop"])
-            begin, end = max(start, piece.start), min(stop, piece.stop)
-            if begin < end:
-                value = checkpoint.state(donor, {name})[name]
-                if found is None:
-                    found = torch.zeros(piece.num_elements, dtype=value.dtype)
-                found[begin - piece.start : end - piece.start] = value[begin - start : end - start]
+            if match := _PIECE.fullmatch(name):
+                piece = _SavedPiece(donor, name, int(match["start"]), int(match["stop"]))
+                saved.setdefault(match["tensor"], []).append(piece)
+    return saved
+
+
+def _momentum(checkpoint: Checkpoint, saved: Sequence[_SavedPiece], piece: Piece) -> Tensor | None:
+    """Put together from the pieces that others owned; None when there is none of it."""
+    found: Tensor | None = None
+    for donor, name, start, stop in saved:
+        begin, end = max(start, piece.start), min(stop, piece.stop)
+        if begin < end:
+            value = checkpoint.state(donor, {name})[name]
+            if found is None:
+                found = torch.zeros(piece.num_elements, dtype=value.dtype)
+            found[begin - piece.start : end - piece.start] = value[begin - start : end - start]
     return found

@@ -174,7 +174,10 @@ def _training_data(config: Config) -> TrainingData:
 def _decoder_config(settings: ModelConfig) -> DecoderConfig:
     if settings.name is None:
         values = settings.model_dump(exclude={"name"})
-        return DecoderConfig(**values | {"capacity_factor": settings.capacity_factor or None})
+        try:
+            return DecoderConfig(**values | {"capacity_factor": settings.capacity_factor or None})
+        except ValueError as error:  # which begins with the name of the field
+            raise UserError(f"model.{error}") from None
     try:
         named = configuration(settings.name)
     except ValueError as error:

@@ -40,6 +40,10 @@ class ModelTensor:
         return self.of(self.parameter.detach())
 
     @property
+    def is_trained(self) -> bool:
+        return self.parameter.requires_grad
+
+    @property
     def num_elements(self) -> int:
         total = self.parameter.numel()
         return total if self.row is None else total // self.parameter.shape[0]

@@ -52,13 +52,6 @@ class FederationConfig(Section):
     """Seconds without a sign of life after which a site counts as lost."""
 
     @property
-    def moves_experts(self) -> bool:
-        """Whether experts change sites during the run."""
-        return self.overlap < self.sites and (
-            self.placement == "random" or self.full_replica_rounds > 0
-        )
-
-    @property
     def sends_differences(self) -> bool:
         """Whether sites send pseudo-gradients, rather than the values themselves to be averaged."""
         return self.strategy != "ddp" and (self.outer == "nesterov" or self.codec != "fp32")
@@ -108,7 +101,9 @@ class FederationConfig(Section):
                 f"federation.full_replica_rounds = {self.full_replica_rounds} is more than "
                 f"federation.rounds = {self.rounds}"
             )
-        if self.moved_warmup_steps > 0 and not self.moves_experts:
+        if self.moved_warmup_steps > 0 and (
+            self.placement == "fixed" or self.overlap == self.sites
+        ):
             raise ValueError(
                 f"federation.moved_warmup_steps = {self.moved_warmup_steps}, but no expert comes "
                 "to a site during the run: that takes federation.placement = 'random' and "

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sections [optimizer], [training], [evaluation] and [run]. Imports no torch."""
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from fomoe.federation.config.section import (
     BelowOne,
@@ -16,9 +17,20 @@ from fomoe.federation.config.section import (
     Text,
 )
 
-Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]{1,3})?)$")]
-
 __all__ = ["EvaluationConfig", "OptimizerConfig", "RunConfig", "TrainingConfig"]
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
+
+
+def _check_devices(value: Any) -> Any:
+    is_list = isinstance(value, list | tuple)
+    for index, device in enumerate(value if is_list else [value]):
+        if not isinstance(device, str) or _DEVICE.fullmatch(device) is None:
+            raise ValueError(
+                f"training.device{f'[{index}]' if is_list else ''}: "
+                f"expected 'cpu', 'cuda' or 'cuda:' and a number, got {device!r}"
+            )
+    return value
 
 
 class OptimizerConfig(Section):
@@ -44,7 +56,9 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads per rank, 0 for max(1, cores // ranks on this machine)."""
-    device: Device | Annotated[tuple[Device, ...], Field(strict=False)] = "cpu"
+    device: Annotated[
+        str | Annotated[tuple[str, ...], Field(strict=False)], BeforeValidator(_check_devices)
+    ] = "cpu"
     """Where sites compute: "cpu", "cuda" or "cuda:1", for all of them or one for each."""
 
     def device_of(self, site: int) -> str:

@@ -62,11 +62,14 @@ def cut(
 ) -> list[Piece]:
     """The pieces of a site's tensors, in an order that all sites share for what they share.
 
+    Tensors that are not trained have none: a mean of equal values may differ from them.
+
     ``router_mean`` and ``scale_expert_steps`` are the settings of that name: FoMoE leaves open how
     the rows of a full router are averaged, of which sites that do not hold the expert see no
     gradient from the loss.
     """
     everyone = tuple(range(placement.sites))
+    tensors = [tensor for tensor in tensors if tensor.is_trained]
     pieces = list(_shards([t for t in tensors if t.expert is None], everyone))
     for tensor in tensors:
         if tensor.expert is None or tensor.layer is None:

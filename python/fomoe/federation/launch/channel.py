@@ -35,7 +35,8 @@ def decode(message: bytes) -> dict[str, Any]:
     fields: dict[str, Any] = json.loads(message)
     if fields["kind"] == "round":
         timings = {name: float(value) for name, value in fields.pop("timings").items()}
-        fields["memory"]["peak_rss"] = int(timings.pop("peak_rss"))
+        for name in [name for name in timings if name.startswith("peak_")]:
+            fields["memory"][name] = int(timings.pop(name))
         fields |= timings
     return fields
 

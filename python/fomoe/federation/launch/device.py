@@ -24,10 +24,14 @@ def check_device(device: str) -> None:
 
 
 def use_device(device: str, place: int) -> None:
-    """Check the device, and make a plain "cuda" the GPU that is due to the rank at a place.
+    """Check the device, and make it this process's current one if it is a GPU.
 
-    ``place`` numbers the ranks of this machine; they go round where there are fewer GPUs.
+    A plain "cuda" is the GPU that is due to the rank at a place, which numbers the ranks of this
+    machine; they go round where there are fewer GPUs. Page-locked memory and whatever else names
+    no GPU would otherwise take memory of the first one.
     """
     check_device(device)
     if device == "cuda":
         torch.cuda.set_device(place % torch.cuda.device_count())
+    elif device != "cpu":
+        torch.cuda.set_device(device)

@@ -120,7 +120,7 @@ def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> 
         "timings": {
             "seconds": timing(time.perf_counter() - begin),
             "exchange_seconds": timing(site.transport.seconds - exchanged),
-            "peak_rss": timing(memory.pop("peak_rss")),
+            **{name: timing(memory.pop(name)) for name in list(memory) if name.startswith("peak_")},
         },
         "memory": memory,
     }

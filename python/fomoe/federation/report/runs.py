@@ -96,7 +96,7 @@ class Run:
     def memory_by_class(self) -> list[dict[str, int]]:
         """Tensor bytes by class, one entry per site."""
         sites: list[dict[str, int]] = self.summary["memory_per_site"]
-        return [{k: v for k, v in site.items() if k != "peak_rss"} for site in sites]
+        return [{k: v for k, v in site.items() if not k.startswith("peak_")} for site in sites]
 
     @property
     def memory_per_site(self) -> float:
