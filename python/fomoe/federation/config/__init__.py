@@ -96,6 +96,14 @@ class Config(Section):
                 f"training.batch_size = {training.batch_size}, the sequences of a site, is not "
                 f"divisible by federation.ranks_per_site = {federation.ranks_per_site}"
             )
+        for site in range(federation.sites if federation.ranks_per_site > 1 else 0):
+            device = training.device_of(site)
+            if ":" in device:
+                raise ValueError(
+                    f"training.device = {device!r} is a single GPU, but "
+                    f"federation.ranks_per_site = {federation.ranks_per_site}: "
+                    "with 'cuda' every rank gets one of its own"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-able values, for manifests; `from_dict` gives an equal Config."""
