@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 
 RULES = {
-    "mean over all": {},
-    "mean over holders": {"router_mean": "holders"},
-    "rescaled by M/O_e": {"router_mean": "rescaled"},
-    "all, sqrt-holder steps": {"scale_expert_steps": True},
+    "mean over all": {"router_mean": "all", "scale_expert_steps": False},
+    "mean over holders": {"router_mean": "holders", "scale_expert_steps": False},
+    "rescaled by M/O_e": {"router_mean": "rescaled", "scale_expert_steps": False},
+    "all, sqrt-holder steps": {"router_mean": "all", "scale_expert_steps": True},
     "holders, sqrt-holder steps": {"router_mean": "holders", "scale_expert_steps": True},
 }
 MODEL = {

@@ -246,6 +246,11 @@ def test_one_wrong_override_is_named_with_what_was_expected(
             "'average' averages values: use 'nesterov'",
         ),
         (
+            ["federation.ranks_per_site=2", "training.device=cuda:1"],
+            "training.device = 'cuda:1' is a single GPU, but federation.ranks_per_site = 2: "
+            "with 'cuda' every rank gets one of its own",
+        ),
+        (
             ["federation.ranks_per_site=3"],
             "training.batch_size = 8, the sequences of a site, is not divisible by "
             "federation.ranks_per_site = 3",

@@ -2,6 +2,10 @@
 """Two ranks per site train what one does, whether they keep all parameters or shards of them."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +18,11 @@ from rank_pool import (
     settings,
     train_alone,
 )
+from ranks_program import configuration
 
 from fomoe.errors import UserError
+from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
+from fomoe.federation.launch import train
 
 RANDOM = {"placement": "random", "shuffle_every": 2, "moved_warmup_steps": 4}
 """Experts move at the beginning of the third round, which is too short to warm them up."""
@@ -151,3 +158,23 @@ def test_a_mistake_ends_all_ranks_with_the_same_sentence(pool, tmp_path):
             assert all(isinstance(rank, UserError) for rank in site)
             assert {sentence in str(rank) for rank in site} == {True}
             assert len({str(rank) for rank in site}) == 1
+
+
+def test_under_torchrun_the_leaders_report_what_sites_of_one_rank_would(tmp_path):
+    command = ["-m", "torch.distributed.run", f"--nproc-per-node={2 * RANKS}"]
+    program = Path(__file__).with_name("ranks_program.py")
+    ranks = subprocess.run(
+        [sys.executable, *command, program, tmp_path / "ranks", "fsdp"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ranks.returncode == 0, ranks.stderr
+    summary = train(configuration(str(tmp_path / "alone")), task=DecoderTask())
+    actual, expected = (Checkpoint(find_checkpoint(tmp_path / run)) for run in ("ranks", "alone"))
+    assert_close(actual.model(), expected.model())
+    for site in range(2):
+        assert_close(actual.state(site), expected.state(site))
+    assert actual.manifest["totals"]["tokens"] == expected.manifest["totals"]["tokens"]
+    for key in ("loss", "site_losses"):
+        assert actual.manifest["summary"][key] == pytest.approx(summary[key], rel=1e-12)

@@ -207,7 +207,7 @@ class Site:
                 meeting = self.meetings.meet(values, moments, self.tokens, failed=self.failed)
         self.rejected = set(self.ranks.tell(meeting.attendance.rejected))
         self.ranks.assign(self._values(), meeting.write_value)
-        if moments:
+        if self.config.federation.outer == "local_adamw":
             for kind, targets in self.optimizer.moments().items():
                 self.ranks.assign(targets, partial(meeting.write_moment, kind))
         if self.site in self.rejected:

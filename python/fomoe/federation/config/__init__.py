@@ -67,17 +67,12 @@ class Config(Section):
                 f"federation.overlap = {federation.overlap} is not divisible by "
                 f"federation.sites = {federation.sites}, so sites cannot hold equally many experts"
             )
-        self._check_router()
+        self._check_optimizer()
         self._check_sites()
         return self
 
-    def _check_router(self) -> None:
+    def _check_optimizer(self) -> None:
         federation = self.federation
-        if self.model.router == "partitioned" and federation.router_mean != "all":
-            raise ValueError(
-                f"federation.router_mean = {federation.router_mean!r} needs model.router = 'full'; "
-                "with 'partitioned' only an expert's holders have its row"
-            )
         if federation.outer == "local_adamw" and self.optimizer.name != "adamw":
             raise ValueError(
                 "federation.outer = 'local_adamw' needs optimizer.name = 'adamw', "
@@ -96,6 +91,14 @@ class Config(Section):
                 f"training.batch_size = {training.batch_size}, the sequences of a site, is not "
                 f"divisible by federation.ranks_per_site = {federation.ranks_per_site}"
             )
+        for site in range(federation.sites if federation.ranks_per_site > 1 else 0):
+            device = training.device_of(site)
+            if ":" in device:
+                raise ValueError(
+                    f"training.device = {device!r} is a single GPU, but "
+                    f"federation.ranks_per_site = {federation.ranks_per_site}: "
+                    "with 'cuda' every rank gets one of its own"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-able values, for manifests; `from_dict` gives an equal Config."""

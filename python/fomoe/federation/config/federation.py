@@ -30,10 +30,14 @@ class FederationConfig(Section):
     outer_momentum: BelowOne = 0.9
     codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """How pseudo-gradients and outer steps travel; all but fp32 with error feedback."""
-    router_mean: Literal["all", "holders", "rescaled"] = "all"
+    router_mean: Literal["all", "holders", "rescaled"] = "holders"
     """Whose rows of a full router count for an expert: every site's, or its holders'."""
-    scale_expert_steps: bool = False
-    """Multiply an expert's mean by sqrt(overlap / sites)."""
+    scale_expert_steps: bool = Field(
+        default_factory=lambda known: (
+            known.get("outer") == "nesterov" or known.get("codec", "fp32") != "fp32"
+        )
+    )
+    """Multiply an expert's mean difference by sqrt(overlap / sites); true where there is one."""
 
     placement: Literal["fixed", "random"] = "fixed"
     shuffle_every: CountOrZero = Field(

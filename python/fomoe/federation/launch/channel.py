@@ -18,7 +18,7 @@ from fomoe.federation.ledger import SiteLedger
 if TYPE_CHECKING:
     from multiprocessing import connection
 
-__all__ = ["Channel", "PipeChannel", "Reporter", "decode", "encode", "timing"]
+__all__ = ["Channel", "NoChannel", "PipeChannel", "Reporter", "decode", "encode", "timing"]
 
 
 def timing(value: float) -> str:
@@ -74,6 +74,19 @@ class PipeChannel:
 
     def wait_for_coordinator(self) -> None:
         self.pipe.recv_bytes()
+
+
+class NoChannel:
+    """Of a rank that is not the leader of its site, and has nothing to report."""
+
+    files = Path()
+    files_travel = False
+
+    def transmit(self, message: bytes) -> None:
+        pass
+
+    def end_round(self, records: Sequence[FileRecord]) -> None:
+        pass
 
 
 class Reporter:

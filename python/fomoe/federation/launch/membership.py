@@ -119,8 +119,14 @@ def _site(rank: int, newcomer: Newcomer, sites: int, ranks_per_site: int) -> int
     return newcomer.site
 
 
-def join(store: Store, seat: Seat, sites: int, ranks_per_site: int) -> Membership:
-    """Form the groups, together with all other ranks; gloo, for tensors in host memory."""
+def join(
+    store: Store, seat: Seat, sites: int, ranks_per_site: int, device: str = "cpu"
+) -> Membership:
+    """Form the groups, together with all other ranks; gloo, for tensors in host memory.
+
+    ``device`` is the ``training.device`` of this rank's site. The group inside a site of GPUs is
+    also for tensors on these, with NCCL.
+    """
     timeout = datetime.timedelta(seconds=SECONDS_IN_A_COLLECTIVE)
     dist.init_process_group(
         "gloo",
@@ -131,7 +137,11 @@ def join(store: Store, seat: Seat, sites: int, ranks_per_site: int) -> Membershi
     )
     # Every rank has to take part in making every group, its own or not.
     groups = [
-        dist.new_group([Seat(site, r).rank(ranks_per_site) for r in range(ranks_per_site)], timeout)
+        dist.new_group(
+            [Seat(site, r).rank(ranks_per_site) for r in range(ranks_per_site)],
+            timeout,
+            backend="gloo" if device == "cpu" else "cpu:gloo,cuda:nccl",
+        )
         for site in range(sites)
         if ranks_per_site > 1
     ]

@@ -166,7 +166,8 @@ class Rank:
     def _join(self) -> Membership:
         federation = self.config.federation
         store = PrefixStore("group", self._connect(f"fomoe/{self.attempt}"))
-        return join(store, self.seat, federation.sites, federation.ranks_per_site)
+        device = self.config.training.device_of(self.seat.site)
+        return join(store, self.seat, federation.sites, federation.ranks_per_site, device)
 
     def _compare(self, settings_of_site_0: dict[str, Any]) -> None:
         mine = json.loads(json.dumps(self.config.to_dict()))

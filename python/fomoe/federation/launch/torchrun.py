@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint
 from fomoe.federation.config import Config
-from fomoe.federation.exchange import GroupTransport, Transport
+from fomoe.federation.exchange import Bystander, GroupTransport, Transport
+from fomoe.federation.launch.channel import NoChannel
 from fomoe.federation.launch.coordinator import Coordinator
 from fomoe.federation.launch.device import use_device
 from fomoe.federation.launch.heartbeat import CHECKPOINT
@@ -29,6 +29,7 @@ from fomoe.federation.launch.rounds import WatchedTransport, check_corpus, run_r
 from fomoe.federation.launch.traveling import GroupChannel, Travel, mark
 from fomoe.federation.run_folder import run_folder_of
 from fomoe.federation.site import Site
+from fomoe.federation.site_ranks import OneRank, RankGroup, SiteRanks
 from fomoe.federation.task import Task
 
 __all__ = ["is_launched", "train"]
@@ -42,11 +43,6 @@ def is_launched() -> bool:
 def train(config: Config, task: Task, resume: Path | None, site: int | None) -> dict[str, Any]:
     """See :func:`fomoe.federation.launch.train`; on every rank of torchrun."""
     torch.set_num_threads(threads_of_a_rank(config, int(os.environ["LOCAL_WORLD_SIZE"])))
-    if config.federation.ranks_per_site > 1:
-        raise UserError(
-            f"federation.ranks_per_site = {config.federation.ranks_per_site}: "
-            "the ranks of a site cannot share its work yet, expected 1"
-        )
     with Rank(config, site) as rank:
         # The first optimizer step would import it, which takes seconds that are no step's.
         importlib.import_module("torch._dynamo")
@@ -54,9 +50,11 @@ def train(config: Config, task: Task, resume: Path | None, site: int | None) -> 
         if rank.membership.rank == 0:
             with opened_in_an_attempt(config, task, resume, rank.store_of_all_attempts) as opening:
                 rank.store.set("summary", json.dumps(_lead(rank, opening, task)))
-        else:
+        elif rank.membership.leaders is not None:
             run = Path(config.run.folder) if resume is None else run_folder_of(resume)
             _take_part(rank, config, task, run)
+        else:
+            _help(rank, config, task)
         rank.heartbeat.waiting("the end of the run")
         summary: dict[str, Any] = json.loads(rank.store.get("summary"))
         dist.barrier()  # nobody hangs up while a neighbour still reads
@@ -88,7 +86,7 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
         announce=lambda path: rank.store.set(CHECKPOINT, path),
     )
     with coordinator, travel.outbox() as outbox:
-        site = Site(opening.config, task, _transport(rank), checkpoint)
+        site = Site(opening.config, task, _transport(rank), checkpoint, _ranks(rank))
         channel = GroupChannel(travel, outbox, coordinator, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, opening.first_round)
     return coordinator.finish()
@@ -112,12 +110,36 @@ def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
             )
         rank.heartbeat.starting()
         check_corpus(task, rank.membership.site, plan["corpus_sha256"])
-        site = Site(config, task, _transport(rank), checkpoint)
+        site = Site(config, task, _transport(rank), checkpoint, _ranks(rank))
         if checkpoint is not None and travel.is_away:
             travel.remove(checkpoint)
         channel = GroupChannel(travel, outbox, None, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, plan["first_round"])
 
 
+def _help(rank: Rank, config: Config, task: Task) -> None:
+    """The part of a rank that is not the leader of its site."""
+    check_placement(config, task)
+    rank.heartbeat.waiting("the run folder")
+    plan = json.loads(rank.store.get("plan"))
+    if plan["has_ended"]:
+        return
+    rank.heartbeat.starting()
+    check_corpus(task, rank.membership.site, plan["corpus_sha256"])
+    site = Site(config, task, _transport(rank), None, _ranks(rank))
+    run_rounds(site, NoChannel(), rank.heartbeat, plan["first_round"])
+
+
 def _transport(rank: Rank) -> Transport:
-    return WatchedTransport(GroupTransport(rank.leaders), rank.heartbeat)
+    membership = rank.membership
+    if membership.leaders is None:
+        return Bystander(membership.site, membership.sites)
+    return WatchedTransport(GroupTransport(membership.leaders), rank.heartbeat)
+
+
+def _ranks(rank: Rank) -> SiteRanks:
+    inside = rank.membership.inside
+    if inside is None:
+        return OneRank()
+    sharded = rank.config.federation.parallel == "fsdp"
+    return RankGroup(inside, sharded=sharded, waiting=rank.heartbeat.waits)
