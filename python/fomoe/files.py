@@ -11,7 +11,15 @@ from typing import Any, Self
 
 from fomoe.errors import UserError
 
-__all__ = ["JsonLines", "cannot", "sync_file", "sync_folder", "write_text", "write_whole"]
+__all__ = [
+    "JsonLines",
+    "cannot",
+    "make_folder",
+    "sync_file",
+    "sync_folder",
+    "write_text",
+    "write_whole",
+]
 
 
 @contextmanager
@@ -35,7 +43,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     partial = path.with_name(f".{path.name}.incomplete")
     try:
         write(partial)
@@ -49,6 +57,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it that are missing; the new names are on disk then.
+
+    Raises
+    ------
+    OSError
+        It cannot be made, or ``path`` is a file.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
 
 
 def sync_file(path: Path) -> None:
@@ -69,6 +91,8 @@ def sync_folder(path: Path) -> None:
 class JsonLines:
     """A file of one JSON object per line, open for appending; each line is written at once.
 
+    The file's name is on disk when it is open, its lines are after :meth:`sync`.
+
     Raises
     ------
     UserError
@@ -80,6 +104,7 @@ class JsonLines:
         with self._named_error():
             # Unbuffered: what a full disk refuses must fail here, not again when the file closes.
             self._file = path.open("wb" if anew else "ab", buffering=0)
+            sync_folder(path.parent)
 
     def __enter__(self) -> Self:
         return self

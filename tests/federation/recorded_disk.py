@@ -68,17 +68,18 @@ class Recorder:
         return str(full.relative_to(self.root)) if full.is_relative_to(self.root) else None
 
     @contextmanager
-    def recording(self) -> Iterator["Recorder"]:
+    def recording(self) -> Iterator[pytest.MonkeyPatch]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(io, "open", self._open(io.open))
             patch.setattr(builtins, "open", io.open)
             patch.setattr(fomoe.federation.checkpoint, "save_file", self._save_file)
-            patch.setattr(os, "fsync", self._before("sync", os.fsync))
+            # The record is the disk that matters: nothing waits for the real one.
+            patch.setattr(os, "fsync", self._before("sync", lambda descriptor: None))
             for name, kind in (("mkdir", "make_folder"), ("unlink", "remove"), ("rmdir", "remove")):
                 patch.setattr(os, name, self._before(kind, getattr(os, name)))
             for name in ("rename", "replace"):
                 patch.setattr(os, name, self._rename(getattr(os, name)))
-            yield self
+            yield patch
 
     def _before(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def recorded(path: Any, *args: Any, **options: Any) -> Any:
@@ -229,23 +230,27 @@ class Disk:
         nothing unsynced   a power failure, as bad as can be
         names              what had been renamed, made or removed is, but contents are lost
         zeros              the same, and files have their sizes: blocks that were never written
+        holes              the same, where the later blocks were written
         contents           names are lost, of contents everything is there
         mixed              every file and folder by chance
         """
         rng = random.Random(number)
+        on_names = ("kill", "names", "zeros", "holes")
         tree: Tree = {}
 
         def names_survive() -> bool:
-            return rng.random() < 0.5 if crash == "mixed" else crash in ("kill", "names", "zeros")
+            return rng.random() < 0.5 if crash == "mixed" else crash in on_names
 
         def content_of(file: File) -> bytes:
-            kind = rng.choice(("kill", "names", "zeros")) if crash == "mixed" else crash
+            kind = rng.choice(on_names) if crash == "mixed" else crash
             if kind in ("kill", "contents") or file.content == file.synced:
                 return file.content
-            if kind == "zeros":
+            if kind in ("zeros", "holes"):
                 is_longer = file.content.startswith(file.synced)
-                start = file.synced if is_longer else b""
-                return start + bytes(len(file.content) - len(start))
+                begin, end = len(file.synced) * is_longer, len(file.content)
+                if kind == "holes":
+                    end = (begin + end) // 2
+                return file.content[:begin] + bytes(end - begin) + file.content[end:]
             return file.synced
 
         def walk(folder: Folder, prefix: str) -> None:
@@ -259,7 +264,7 @@ class Disk:
         return tree
 
 
-CRASHES = ("kill", "nothing unsynced", "names", "zeros", "contents", "mixed")
+CRASHES = ("kill", "nothing unsynced", "names", "zeros", "holes", "contents", "mixed")
 
 
 def write_tree(tree: Tree, root: Path) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from fomoe.errors import UserError
 from fomoe.federation.health import RoutingHealth
 from fomoe.federation.placement import Placement
-from fomoe.files import cannot, sync_file, sync_folder, write_whole
+from fomoe.files import cannot, make_folder, sync_file, sync_folder, write_whole
 from fomoe.models import MODEL_FORMAT_VERSION
 
 __all__ = [
@@ -45,6 +45,7 @@ __all__ = [
     "incomplete_folder",
     "is_round_folder",
     "read_shards",
+    "remove_incomplete",
     "remove_older",
     "round_folder",
     "write_shard",
@@ -117,14 +118,20 @@ def is_round_folder(path: Path) -> bool:
 def fresh_incomplete_folder(run: Path) -> Path:
     """The hidden folder sites write to before :func:`commit`, emptied of an earlier attempt."""
     folder = incomplete_folder(run)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_incomplete(run)
     with cannot(f"write {folder}"):
-        folder.mkdir(parents=True)
+        make_folder(folder.parent)
+        folder.mkdir()
     return folder
 
 
 def incomplete_folder(run: Path) -> Path:
     return run / "checkpoints" / ".incomplete"
+
+
+def remove_incomplete(run: Path) -> None:
+    """Remove the hidden folder with all that is in it, if it is there."""
+    _remove(incomplete_folder(run))
 
 
 def write_shard(folder: Path, kind: str, site: int, tensors: Mapping[str, Tensor]) -> FileRecord:
@@ -171,6 +178,8 @@ def commit(folder: Path, final: Path, manifest: Manifest) -> None:
 def remove_older(run: Path, keep: int) -> None:
     """Remove all checkpoints of a run but the latest ``keep``; each disappears in one step.
 
+    What an earlier removal has left behind goes as well.
+
     Raises
     ------
     UserError
@@ -179,8 +188,17 @@ def remove_older(run: Path, keep: int) -> None:
     for path in _checkpoints(run)[:-keep]:
         with cannot(f"remove checkpoint {path}"):
             path.rename(path.with_name(f"{_REMOVED}{path.name}"))
+            sync_folder(path.parent)  # or a power failure could bring back the name of a part
     for hidden in run.glob(f"checkpoints/{_REMOVED}*"):
-        shutil.rmtree(hidden, ignore_errors=True)
+        _remove(hidden)
+
+
+def _remove(folder: Path) -> None:
+    """So that a power failure does not bring it back; what cannot be removed stays."""
+    if folder.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        with cannot(f"remove {folder}"):
+            sync_folder(folder.parent)
 
 
 def find_checkpoint(folder: Path) -> Path:

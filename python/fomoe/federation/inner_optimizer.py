@@ -92,8 +92,8 @@ class InnerOptimizer:
 
         Zeros where there are none yet.
         """
-        names = [name for name, tensor in self.tensors.items() if tensor.is_trained]
-        states = {name: self._state_of(name) for name in names}
+        trained = [name for name, tensor in self.tensors.items() if tensor.is_trained]
+        states = {name: self._state_of(name) for name in trained}
         return {
             kind: {name: self._seen_as(name, state[kind]) for name, state in states.items()}
             for kind in MOMENTS
@@ -117,11 +117,13 @@ class InnerOptimizer:
         """Take over entries of a :meth:`state`; tensors without any begin anew."""
         for key, value in saved:
             kind, _, name = key.partition("/")
-            if kind != _AGE:
-                part = self._state_of(name)[kind]
-                copy_part(part if kind == _STEP else self._seen_as(name, part), value)
-            elif value < self.warmup_steps:  # which may have become shorter
-                self.age[name] = int(value)
+            if kind == _AGE:
+                if int(value) < self.warmup_steps:  # which may have become shorter
+                    self.age[name] = int(value)
+            elif kind == _STEP:
+                self._state_of(name)[kind].copy_(value)
+            else:
+                copy_part(self._seen_as(name, self._state_of(name)[kind]), value)
 
     def warm_up(self, names: Iterable[str]) -> None:
         """These tensors have just come to the site: their learning rate starts low."""

@@ -107,7 +107,6 @@ class Meetings:
         """
         before = self.exchange
         self.exchange = self._exchange(tensors, placement)
-        self.exchange.scratch = before.scratch
         sent = {p.key for p in self.exchange.pieces if p.tensor not in arrivals.weights}
         owned = {piece.key for piece in self.exchange.owned}
         self.exchange.lost_up, self.exchange.lost_down = before.lost_up, before.lost_down

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import find_checkpoint, is_round_folder
-from fomoe.files import cannot, write_text, write_whole
+from fomoe.files import cannot, make_folder, write_text, write_whole
 
 __all__ = ["RunFolder", "run_folder_of", "run_to_resume"]
 
@@ -70,7 +70,7 @@ class RunFolder:
 
     def __enter__(self) -> Self:
         with cannot(f"write run.folder {self.path}"):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             lock = (self.path / ".lock").open("wb")
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,17 +132,25 @@ class RunFolder:
 
 
 def _keep_lines(path: Path, is_kept: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Rewrite a file of JSON lines in one step; a torn last line is dropped."""
+    """Rewrite a file of JSON lines in one step, without those that a crash has damaged at its end.
+
+    What had been synced comes first, so a damaged line before one that is kept is no crash's work.
+    """
     with cannot(f"read {path}"):
         lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    kept = []
+    kept: list[bytes] = []
+    damaged: UserError | None = None
     for number, line in enumerate(lines, start=1):
         try:
-            if is_kept(json.loads(line)):
-                kept.append(line)
+            if not is_kept(json.loads(line)):
+                continue
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} line {number} is damaged: {error!r}") from error
+            damaged = damaged or UserError(f"{path} line {number} is damaged: {error!r}")
+            continue
+        if damaged is not None:
+            raise damaged
+        kept.append(line)
     with cannot(f"write {path}"):
         write_whole(path, lambda partial: partial.write_bytes(b"".join(kept)))

@@ -151,6 +151,8 @@ class Site:
         self.failed, self.tokens, self.rejected = False, 0, set()
         if self.round > 0:
             self._move_to(self._placement_of(self.round))
+        # Of this round only: a resumed run knows nothing of the earlier ones.
+        self.meetings.exchange.scratch.peak = 0
         if not self.averages_gradients:
             self.meetings.begin_round(self._values_on_host())
 
@@ -205,7 +207,7 @@ class Site:
                 meeting = self.meetings.meet(values, moments, self.tokens, failed=self.failed)
         self.rejected = set(self.ranks.tell(meeting.attendance.rejected))
         self.ranks.assign(self._values(), meeting.write_value)
-        if self.config.federation.outer == "local_adamw":
+        if moments:
             for kind, targets in self.optimizer.moments().items():
                 self.ranks.assign(targets, partial(meeting.write_moment, kind))
         if self.site in self.rejected:
@@ -330,7 +332,7 @@ class Site:
         }
 
     def memory_of_the_meeting(self) -> dict[str, int]:
-        """What meetings add, and the peak resident set of the process.
+        """What the round's meetings added, and the peak resident set of the process.
 
         ``exchange_buffers`` is the most that buffers, means, steps, and new momenta and losses of
         the codec took at once; ``outer_momentum`` is that of owned tensors, and

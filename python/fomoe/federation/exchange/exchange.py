@@ -31,9 +31,11 @@ _REJECTED = -1
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether no element is NaN or infinite; there must be one."""
+    """Whether no element is NaN or infinite."""
     # The extremes are NaN if an element is: one pass, and no temporary.
-    return all(math.isfinite(extreme.item()) for extreme in torch.aminmax(value))
+    return value.numel() == 0 or all(
+        math.isfinite(extreme.item()) for extreme in torch.aminmax(value)
+    )
 
 
 def weighted_mean(values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:

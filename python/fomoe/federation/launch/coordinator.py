@@ -5,7 +5,6 @@ It is no site. Reports reach it by :meth:`Coordinator.receive`, the sites' files
 """
 
 import math
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from fomoe.federation.checkpoint import (
     commit,
     fresh_incomplete_folder,
     incomplete_folder,
+    remove_incomplete,
     remove_older,
     round_folder,
 )
@@ -84,9 +84,9 @@ class Coordinator:
         total_steps = federation.rounds * federation.local_steps
         first_step = self.first_round * federation.local_steps
         label = f"{federation.strategy}, {self.sites} sites"
-        incomplete = fresh_incomplete_folder(self.folder.path)
+        fresh_incomplete_folder(self.folder.path)
         with self._open as opened:
-            opened.callback(shutil.rmtree, incomplete, ignore_errors=True)
+            opened.callback(remove_incomplete, self.folder.path)
             self.metrics = opened.enter_context(JsonLines(self.folder.metrics, anew=self._anew))
             self.ledger = opened.enter_context(JsonLines(self.folder.ledger, anew=self._anew))
             self.progress = opened.enter_context(ProgressLine(label, total_steps, first_step))

@@ -11,7 +11,12 @@ from typing import Any
 import torch
 
 from fomoe.errors import UserError
-from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
+from fomoe.federation.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    remove_incomplete,
+    remove_older,
+)
 from fomoe.federation.config import Config
 from fomoe.federation.launch.store import Store
 from fomoe.federation.placement import placement_of_round
@@ -99,6 +104,8 @@ def go_on(
     folder.cut_back(completed, manifest["step"])
     config = _in_folder(config, folder)
     if completed == rounds:
+        remove_incomplete(folder.path)
+        remove_older(folder.path, config.run.keep_checkpoints)
         summary: dict[str, Any] = manifest["summary"]
         folder.write_summary(summary)
         return Opening(config, folder, corpus, checkpoint, summary)
