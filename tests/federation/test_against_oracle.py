@@ -12,6 +12,7 @@ import pytest
 import torch
 from in_process import train_in_threads
 from nano_task import NanoTask, batch, joined_pieces, nano, settings
+from test_exactness import assert_equal_to_the_bit
 
 SMALL = nano.Config(
     sites=4, overlap=2, rounds=4, local_steps=2, warmup=2, num_experts=8, top_k=2, dim=16,
@@ -57,12 +58,6 @@ def run_both(config, task, batches, folder):
     finally:
         torch.set_num_threads(threads)
     return sites, expected
-
-
-def assert_equal_to_the_bit(actual, expected):
-    assert actual.keys() == expected.keys()
-    different = [name for name in expected if not torch.equal(actual[name], expected[name])]
-    assert not different, f"{len(different)} of {len(expected)} tensors differ: {different[:5]}"
 
 
 def assert_same(config, sites, expected):
