@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exceptions the command line turns into one sentence."""
 
-__all__ = ["SiteFailed", "UserError"]
+__all__ = ["CommunicationError", "SiteFailed", "UserError"]
 
 
 class UserError(Exception):
@@ -10,6 +10,10 @@ class UserError(Exception):
     The message is one sentence that names the setting or file, what was expected and what came. The
     command line prints it without a traceback and exits with code 2.
     """
+
+
+class CommunicationError(RuntimeError):
+    """An exchange of tokens failed: the message names the ranks and the stage as far as known."""
 
 
 class SiteFailed(Exception):

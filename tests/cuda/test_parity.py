@@ -11,7 +11,7 @@ from samples import DTYPES, SAMPLES, Sample, assert_close, name_of
 from fomoe import reference
 
 # One rounding, or none: the CPU's bits. The gate's sums run in an order of their own.
-EXACT = ["route", "permute", "combine without weights"]
+EXACT = ["route", "destinations", "permute", "combine without weights"]
 
 # More tiles in every product than a GPU has multiprocessors: blocks take one after the other.
 MANY_TILES = Sample(name="many tiles", tokens=3000, experts=12, top_k=4, dim=520, expert_dim=392)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fomoe.comm import LoopbackTransport, Topology
 from fomoe.federation.exchange import Attendance, Exchange, Piece, Results
 from fomoe.federation.ledger import SiteLedger
 from fomoe.federation.site import Site
@@ -127,8 +128,12 @@ def run_sites(
 def train_in_threads(config: Any, task: Any) -> list[Site]:
     """All rounds of a run without coordinator and files."""
 
+    tokens: list[Any] = [None] * config.federation.sites
+    if config.federation.strategy == "ep":
+        tokens = LoopbackTransport.of_all_ranks(Topology([1] * config.federation.sites))
+
     def work(transport: ThreadTransport) -> Site:
-        site = Site(config, task, transport)
+        site = Site(config, task, transport, tokens=tokens[transport.site])
         for _ in range(config.federation.rounds):
             site.begin_round()
             for _ in range(config.federation.local_steps):

@@ -24,6 +24,7 @@ from fomoe.federation.placement import placement_of_round
 from fomoe.federation.sharding import is_sharded, whole
 from fomoe.federation.site import Site
 from fomoe.federation.site_ranks import OneRank, RankGroup, SiteRanks
+from fomoe.federation.site_report import digests
 from fomoe.federation.task import Loss
 from fomoe.models import Decoder, DecoderConfig
 from fomoe.nn import MoE, auxiliary_loss, initialize
@@ -157,7 +158,7 @@ def train(order: Order, transport: Transport, ranks: SiteRanks) -> Report:
         {tensor.name: whole(tensor.value).clone() for tensor in site.tensors},
         {name: whole(value).clone() for name, value in site.optimizer.state().items()},
         sum(is_sharded(tensor.value) for tensor in site.tensors),
-        losses, tokens, rejected, routing, site.digests(), validation, records,
+        losses, tokens, rejected, routing, digests(site), validation, records,
     )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_a_named_model_survives_json_and_keeps_its_own_vocabulary(tmp_path: Path
         ),
         (
             "federation.strategy=fedavg",
-            "federation.strategy: expected one of 'ddp', 'diloco' or 'fomoe', got 'fedavg'",
+            "federation.strategy: expected one of 'ddp', 'ep', 'diloco' or 'fomoe', got 'fedavg'",
         ),
         (
             "federation.local_step=3",
@@ -209,8 +209,8 @@ def test_one_wrong_override_is_named_with_what_was_expected(
         ),
         (
             ["federation.strategy=diloco", "federation.overlap=4", "federation.placement=random"],
-            "federation.placement = 'random' needs federation.strategy = 'fomoe'; 'diloco' holds "
-            "every expert on every site",
+            "federation.placement = 'random' needs federation.strategy = 'fomoe'; with 'diloco' no "
+            "expert changes its sites",
         ),
         (
             ["federation.shuffle_every=2"],
@@ -307,7 +307,7 @@ def test_settings_that_contradict_each_other_are_named(
         ),
         (
             "[federation]",
-            "federation.strategy: expected one of 'ddp', 'diloco', 'fomoe', got none",
+            "federation.strategy: expected one of 'ddp', 'ep', 'diloco', 'fomoe', got none",
         ),
         ("", "federation: expected a table, got none"),
         ("federation = 3", "federation: expected a table, got 3"),

@@ -15,6 +15,7 @@ from fomoe.federation.memory import Scratch
 from fomoe.federation.memory_model import paper_bytes, site_memory
 from fomoe.federation.placement import everywhere, fixed, placement_of_round
 from fomoe.federation.site import Site
+from fomoe.federation.site_report import memory, memory_of_the_meeting
 from fomoe.federation.task import LanguageModelTask
 from fomoe.models import DecoderConfig, configuration
 
@@ -98,11 +99,11 @@ def measure(settings):
         site.end_round()
         site.begin_round()
         site.local_step()  # of ddp: with the meeting
-        memory = site.memory()
+        before = memory(site)
         transport.allocations = Allocations()
         with transport.allocations:
             site.end_round()
-        return memory | site.memory_of_the_meeting(), transport.allocations.peak
+        return before | memory_of_the_meeting(site), transport.allocations.peak
 
     return run_sites(SITES, work)
 

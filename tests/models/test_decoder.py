@@ -191,7 +191,7 @@ def test_input_that_is_not_a_batch_of_tokens_is_refused(wrong):
 
 
 def test_residents_must_be_given_for_every_layer():
-    with pytest.raises(ValueError, match="one sequence of ids for each of 2 layers, got 1"):
+    with pytest.raises(ValueError, match="one for each of 2 layers, got 1"):
         decoder([[0]])
 
 

@@ -15,7 +15,7 @@ def demo(
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that win over the demo's."),
     ] = None,
 ) -> None:
-    """Train ddp, diloco and fomoe from the same weights and data, and compare them."""
+    """Train ddp, ep, diloco and fomoe from the same weights and data, and compare them."""
     from fomoe.demo import run
 
     result = run(folder=folder, seed=seed, overrides=overrides or [])

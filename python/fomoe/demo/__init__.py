@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``fomoe demo``: ddp, diloco and fomoe from the same weights and data, side by side."""
+"""``fomoe demo``: the strategies from the same weights and data, side by side."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ from fomoe.units import human_bytes, human_count
 
 __all__ = ["STRATEGIES", "run"]
 
-STRATEGIES = ("ddp", "diloco", "fomoe")
+STRATEGIES = ("ddp", "ep", "diloco", "fomoe")
 _MARKER = ".fomoe-demo"
 
 
 def run(*, folder: Path, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Train the three strategies, print one table, write ``summary.json`` and ``report.html``.
+    """Train with every strategy, print one table, write ``summary.json`` and ``report.html``.
 
     ``overrides`` are settings that win over the demo's, as ``section.key=value``. Returns the
     content of ``summary.json``.
@@ -68,9 +68,9 @@ def _config(strategy: str, folder: Path, seed: int, more: Sequence[str]) -> Conf
         f"training.seed={seed}",
     ]
     with as_file(files(__name__) / "demo.toml") as path:
-        if strategy != "fomoe":  # they hold every expert on every site
+        if strategy != "fomoe":  # ep holds an expert on one site, the others on every one
             sites = load_config(path, more).federation.sites
-            overrides.append(f"federation.overlap={sites}")
+            overrides.append(f"federation.overlap={1 if strategy == 'ep' else sites}")
         return load_config(path, overrides)
 
 

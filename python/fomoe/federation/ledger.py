@@ -21,10 +21,11 @@ __all__ = [
     "round_lines",
 ]
 
-EXCHANGE_CLASSES = ("shared", "router", "expert", "moved", "tokens")
+EXCHANGE_CLASSES = ("shared", "router", "expert", "moved", "tokens", "activations")
 """What sites send each other: shared tensors, rows of a full router, experts, experts that change
-sites, token counts. Beside them: ``metrics`` to the coordinator, ``evaluation``, the snapshot
-an evaluation reads, and ``checkpoint``, files that have to cross the network."""
+sites, token counts, and, with expert parallelism, the rows of tokens with their gradients. Beside
+them: ``metrics`` to the coordinator, ``evaluation``, what an evaluation needs, and ``checkpoint``,
+files that have to cross the network."""
 
 
 class SiteLedger:

@@ -56,7 +56,7 @@ def site_memory(
     rows_of_nobody = _ghosts(model, placement, site) if model.router == "partitioned" else 0
     allocated = held + rows_of_nobody * model.dim
     owned = sum(group.owned for group in groups)
-    keeps_state = federation.strategy != "ddp"
+    keeps_state = not federation.meets_every_step
     is_lossy = federation.codec != "fp32"
     return {
         "parameters": 4 * allocated,
@@ -167,13 +167,14 @@ class _Meeting:
         lost_up = 4 * sum(group.sent for group in groups) if is_lossy else 0
         # As it is, a value stays where it is: only a difference is a new tensor.
         stays_up = stays if settings.sends_differences else 0
-        momentum = owned if settings.strategy != "ddp" and settings.outer == "nesterov" else 0
+        keeps_momentum = not settings.meets_every_step and settings.outer == "nesterov"
+        momentum = owned if keeps_momentum else 0
         on_the_way_up = lost_up + stays_up + up[0] + up[1]
         averaging = lost_up + up[1] + owned
         stepping = lost_up + owned + momentum
         # A step that is lost in part leaves the loss behind, any other is itself what stays.
         on_the_way_down = stepping + (stays if is_lossy else 0) + down[0] + down[1]
-        averages_moments = settings.strategy != "ddp" and settings.outer == "local_adamw"
+        averages_moments = not settings.meets_every_step and settings.outer == "local_adamw"
         waiting = 2 * (owned + down[1]) if averages_moments else 0
         return waiting + max(on_the_way_up, averaging, stepping, on_the_way_down)
 

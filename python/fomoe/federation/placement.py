@@ -131,7 +131,7 @@ def placement_of_round(
     federation = config.federation
     sites, overlap = federation.sites, federation.overlap
     _check_even(num_experts, sites, overlap)
-    if federation.strategy != "fomoe" or round_index < federation.full_replica_rounds:
+    if overlap == sites or round_index < federation.full_replica_rounds:
         return everywhere(num_layers, num_experts, sites)
     if federation.placement == "fixed":
         return fixed(num_layers, num_experts, sites, overlap)

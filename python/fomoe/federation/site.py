@@ -7,7 +7,6 @@ never holds a tensor of a foreign expert. Where a site has several ranks, every 
 :class:`Site` and makes the same calls; only the leader's meets the other sites.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fomoe.comm import Transport as TokenTransport
 from fomoe.federation.checkpoint import Checkpoint, FileRecord, write_shard
 from fomoe.federation.config import Config
 from fomoe.federation.exchange import Transport
+from fomoe.federation.expert_parallel import ExpertParallelism
 from fomoe.federation.inner_optimizer import InnerOptimizer, learning_rate_factor
 from fomoe.federation.ledger import SiteLedger
 from fomoe.federation.meeting import Meetings
-from fomoe.federation.memory import peak_rss, tensor_bytes
 from fomoe.federation.parameters import federated_tensors
 from fomoe.federation.placement import Placement, placement_of_round
 from fomoe.federation.relocation import Arrivals, relocate
-from fomoe.federation.sharding import clip_gradients, copy_part, gather, local
+from fomoe.federation.sharding import clip_gradients, copy_part, gather
 from fomoe.federation.site_ranks import OneRank, SiteRanks
 from fomoe.federation.site_state import saved_state
 from fomoe.federation.staging import Staging
@@ -62,6 +62,8 @@ class Site:
         counts.
     ranks : SiteRanks, optional
         This rank's way to the others of its site, of which there are none by default.
+    tokens : TokenTransport, optional
+        How tokens travel to other sites; ``federation.strategy = "ep"`` needs it.
 
     Raises
     ------
@@ -76,6 +78,7 @@ class Site:
         transport: Transport,
         checkpoint: Checkpoint | None = None,
         ranks: SiteRanks | None = None,
+        tokens: TokenTransport | None = None,
     ) -> None:
         self.config = config
         self.task = task
@@ -84,6 +87,10 @@ class Site:
         self.site = transport.site
         self.device = torch.device(config.training.device_of(self.site))
         self.ledger = SiteLedger()
+        self.expert_parallelism: ExpertParallelism | None = None
+        if config.federation.strategy == "ep":
+            assert tokens is not None
+            self.expert_parallelism = ExpertParallelism(tokens, transport, self.ledger)
         self.staging = Staging(self.device, leader=self.ranks.leader)
         self.round = 0
         """Completed ones."""
@@ -119,7 +126,10 @@ class Site:
 
     def _build(self) -> None:
         """The model and the inner optimizer for the placement."""
-        model = self.task.build_model(self.placement.residents(self.site))
+        if self.expert_parallelism is None:
+            model = self.task.build_model(self.placement.residents(self.site))
+        else:
+            model = self.expert_parallelism.build(self.task, self.placement)
         self.model = self.ranks.place(model, self.device)
         self.tensors: list[ModelTensor] = federated_tensors(self.model)
         self.optimizer = InnerOptimizer(
@@ -128,7 +138,7 @@ class Site:
 
     @property
     def averages_gradients(self) -> bool:
-        return self.config.federation.strategy == "ddp"
+        return self.config.federation.meets_every_step
 
     @property
     def written(self) -> list[ModelTensor]:
@@ -154,7 +164,7 @@ class Site:
         # Of this round only: a resumed run knows nothing of the earlier ones.
         self.meetings.exchange.scratch.peak = 0
         if not self.averages_gradients:
-            self.meetings.begin_round(self._values_on_host())
+            self.meetings.begin_round(self.values_on_host())
 
     def local_step(self) -> LocalStep:
         """One optimizer step.
@@ -164,7 +174,7 @@ class Site:
         """
         with self.ranks.together():
             batch = self.task.batch(self.site, self.step)
-        num_tokens = batch.shape[0] * (batch.shape[1] - 1)
+        num_tokens = _num_tokens(batch)
         learning_rate = self._learning_rate()
         loss = math.nan if self.failed else self._loss_and_gradients(batch)
         if not math.isfinite(loss):
@@ -172,8 +182,7 @@ class Site:
         if self.averages_gradients:
             self._average_gradients(num_tokens, failed=not math.isfinite(loss))
         if not self.failed:
-            if self.config.optimizer.clip_norm > 0:
-                clip_gradients(self.model.parameters(), self.config.optimizer.clip_norm)
+            self._clip()
             self.optimizer.step(learning_rate)
         self.step += 1
         self.tokens += num_tokens
@@ -200,7 +209,7 @@ class Site:
                 kind: self.staging.to_host(kind, values)
                 for kind, values in self.optimizer.moments().items()
             }
-        values = self._values_on_host()
+        values = self.values_on_host()
         meeting = self.meetings.missed()
         with self.ranks.together():
             if self.ranks.leader:
@@ -218,7 +227,8 @@ class Site:
     def _values(self) -> dict[str, Tensor]:
         return {tensor.name: tensor.value for tensor in self.tensors}
 
-    def _values_on_host(self) -> Mapping[str, Tensor]:
+    def values_on_host(self) -> Mapping[str, Tensor]:
+        """By tensor name; empty on ranks that are not the leader."""
         return self.staging.to_host("values", self._values())
 
     def _assign(self, values: Iterable[tuple[str, Tensor]]) -> None:
@@ -231,8 +241,23 @@ class Site:
         """Leaves the site's gradients; returns the language model's loss on its batch."""
         self.model.zero_grad(set_to_none=True)
         loss = self.task.loss(self.model, self.ranks.part(batch).to(self.device))
-        loss.objective.backward()  # type: ignore[no-untyped-call]
+        objective = loss.objective
+        if self.expert_parallelism is not None:
+            objective = self.expert_parallelism.objective(objective, _num_tokens(batch))
+        objective.backward()  # type: ignore[no-untyped-call]
+        if self.expert_parallelism is not None:
+            self.expert_parallelism.finish_gradients(self.tensors)
+            self.expert_parallelism.count("activations")
         return self.ranks.average(self.model, float(loss.language_model.item()))
+
+    def _clip(self) -> None:
+        max_norm = self.config.optimizer.clip_norm
+        if max_norm <= 0:
+            return
+        if self.expert_parallelism is None:
+            clip_gradients(self.model.parameters(), max_norm)
+        else:
+            self.expert_parallelism.clip(self.tensors, max_norm)
 
     def _average_gradients(self, tokens: int, *, failed: bool) -> None:
         for tensor in self.tensors:
@@ -284,74 +309,20 @@ class Site:
 
     # ---- what others want to know -----------------------------------------------------------
 
-    def digests(self) -> dict[str, Any]:
-        """SHA-256 of what this site holds in common with others, who must have the same.
-
-        ``shared``: of the shared tensors and the rows of a full router. ``expert``: by group of
-        holders, written ``"0,2"``, of the experts that exactly these sites hold. Empty on ranks
-        that are not the leader.
-        """
-        values = self._values_on_host()
-        if not self.ranks.leader:
-            return {}
-        shared = hashlib.sha256()
-        experts: dict[str, Any] = {}
-        for tensor in self.tensors:
-            digest = shared
-            if not tensor.on_every_site and tensor.layer is not None and tensor.expert is not None:
-                holders = self.placement.holders(tensor.layer, tensor.expert)
-                digest = experts.setdefault(",".join(map(str, holders)), hashlib.sha256())
-            value = values[tensor.name].contiguous()
-            digest.update(value.view(-1).view(torch.uint8).numpy().data)
-        return {
-            "shared": shared.hexdigest(),
-            "expert": {group: digest.hexdigest() for group, digest in experts.items()},
-        }
-
     def validation_loss(self) -> float:
         """Loss of this site's own part of the model, ghosts skipped, on the validation text."""
         self.model.eval()
         value = self.task.validation_loss(self.model)
         self.model.train()
         self.task.routing(self.model)  # validation does not count in the routing statistics
+        if self.expert_parallelism is not None:
+            self.expert_parallelism.count("evaluation")
         return value
 
     def routing(self) -> list[dict[str, Any]]:
         """Routing statistics per layer of the whole site since the last call."""
         self.ranks.add_up_routing(self.model)
         return self.task.routing(self.model)
-
-    def memory(self) -> dict[str, int]:
-        """Bytes of this rank's tensors by class, before a meeting, when most of them exist."""
-        parameters = list(self.model.parameters())
-        return {
-            "parameters": tensor_bytes(map(local, parameters)),
-            "gradients": tensor_bytes(local(p.grad) for p in parameters if p.grad is not None),
-            "optimizer": self.optimizer.num_bytes(),
-            "round_start": tensor_bytes(self.meetings.start.values()),
-        }
-
-    def memory_of_the_meeting(self) -> dict[str, int]:
-        """What the round's meetings added, and the peak resident set of the process.
-
-        ``exchange_buffers`` is the most that buffers, means, steps, and new momenta and losses of
-        the codec took at once; ``outer_momentum`` is that of owned tensors, and
-        ``codec_residuals`` is what the codec lost. Both are lasting.
-        """
-        exchange = self.meetings.exchange
-        lost = [*exchange.lost_up.residuals.values(), *exchange.lost_down.residuals.values()]
-        return {
-            "outer_momentum": tensor_bytes(self.meetings.outer.momentum.values()),
-            "codec_residuals": tensor_bytes(lost),
-            "exchange_buffers": exchange.scratch.peak,
-            "peak_rss": peak_rss(),
-            **self._peak_on_device(),
-        }
-
-    def _peak_on_device(self) -> dict[str, int]:
-        if self.device.type != "cuda":
-            return {}
-        return {"peak_device": torch.cuda.max_memory_allocated(self.device)}
 
     # ---- checkpoint -------------------------------------------------------------------------
 
@@ -384,3 +355,8 @@ class Site:
         self._assign(self.ranks.spread(model))
         self.optimizer.load(self.ranks.spread(self.optimizer.entries(state)))
         self.meetings.load(state)
+
+
+def _num_tokens(batch: Tensor) -> int:
+    """Of a (B, S + 1) batch, those that are predicted."""
+    return batch.shape[0] * (batch.shape[1] - 1)

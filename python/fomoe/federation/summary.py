@@ -127,7 +127,7 @@ class RunTotals:
         federation = self.config.federation
         return {
             "strategy": federation.strategy,
-            "outer": None if federation.strategy == "ddp" else federation.outer,
+            "outer": None if federation.meets_every_step else federation.outer,
             "sites": federation.sites,
             "overlap": federation.overlap,
             "local_steps": federation.local_steps,

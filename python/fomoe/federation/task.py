@@ -3,19 +3,20 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomoe.comm import ExpertExchange
 from fomoe.data import Batches, Batching, Source, StreamData, TextData, TrainingData
 from fomoe.errors import UserError
 from fomoe.federation.config import Config, ModelConfig
 from fomoe.models import Decoder, DecoderConfig, configuration
 from fomoe.nn import MoE, auxiliary_loss, initialize
 
-__all__ = ["LanguageModelTask", "Loss", "Task"]
+__all__ = ["ExpertParallelTask", "LanguageModelTask", "Loss", "Task"]
 
 
 class Loss(NamedTuple):
@@ -74,6 +75,15 @@ class Task(Protocol):
         ...
 
 
+@runtime_checkable
+class ExpertParallelTask(Protocol):
+    """A task that ``federation.strategy = "ep"`` can train."""
+
+    def build_expert_parallel_model(self, exchanges: Sequence[ExpertExchange]) -> nn.Module:
+        """The initialised model with the experts this rank owns, by an exchange per layer."""
+        ...
+
+
 class LanguageModelTask:
     """A :class:`fomoe.models.Decoder` on the data, as the settings describe them."""
 
@@ -104,6 +114,11 @@ class LanguageModelTask:
 
     def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
         model = Decoder(self.model_config, residents)
+        initialize(model, self.config.training.seed)
+        return model
+
+    def build_expert_parallel_model(self, exchanges: Sequence[ExpertExchange]) -> nn.Module:
+        model = Decoder(self.model_config, exchanges=exchanges)
         initialize(model, self.config.training.seed)
         return model
 

@@ -6,12 +6,13 @@ B batch, S sequence, V vocabulary, D model width.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomoe.comm import ExpertExchange
 from fomoe.models.attention import Attention, Rotation, rotation
 from fomoe.models.normalization import RMSNorm
 from fomoe.nn import MoE, MoEConfig
@@ -21,6 +22,8 @@ from fomoe.nn.validation import (
     require_integers,
     require_numbers,
 )
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -84,7 +87,12 @@ class DecoderConfig:
 class DecoderLayer(nn.Module):
     """x + s * attention(norm(x)), then x + s * moe(norm(x)); peri normalises what is added, too."""
 
-    def __init__(self, config: DecoderConfig, resident_experts: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        resident_experts: Sequence[int] | None,
+        exchange: ExpertExchange | None,
+    ) -> None:
         super().__init__()
         self.residual_scale = config.residual_scale
         self.attention_norm = RMSNorm(config.dim, config.norm_epsilon)
@@ -93,7 +101,7 @@ class DecoderLayer(nn.Module):
         )
         self.attention_output_norm = _peri_norm(config)
         self.moe_norm = RMSNorm(config.dim, config.norm_epsilon)
-        self.moe = MoE(config.moe(), resident_experts)
+        self.moe = MoE(config.moe(), resident_experts, exchange)
         self.moe_output_norm = _peri_norm(config)
 
     def forward(self, x_BSD: Tensor, positions: Rotation) -> Tensor:
@@ -114,22 +122,27 @@ class Decoder(nn.Module):
     config : DecoderConfig
     resident_experts : Sequence[Sequence[int]], optional
         Ascending global ids of the experts held here, for each layer; all of them by default.
+    exchanges : Sequence[ExpertExchange], optional
+        One for each layer, which makes the model expert-parallel, see :class:`fomoe.MoE`.
 
     Raises
     ------
     ValueError
-        If ``resident_experts`` has not one entry per layer, or one does not fit.
+        If ``resident_experts`` or ``exchanges`` has not one entry per layer, or one does not fit.
     """
 
     def __init__(
-        self, config: DecoderConfig, resident_experts: Sequence[Sequence[int]] | None = None
+        self,
+        config: DecoderConfig,
+        resident_experts: Sequence[Sequence[int]] | None = None,
+        exchanges: Sequence[ExpertExchange] | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.embedding_norm = _peri_norm(config)
-        self.layers = nn.ModuleList(_build_layers(config, resident_experts))
+        self.layers = nn.ModuleList(_build_layers(config, resident_experts, exchanges))
         self.norm = RMSNorm(config.dim, config.norm_epsilon)
         if not config.tie_embeddings:
             self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -177,17 +190,26 @@ def _peri_norm(config: DecoderConfig) -> nn.Module:
 
 
 def _build_layers(
-    config: DecoderConfig, resident_experts: Sequence[Sequence[int]] | None
+    config: DecoderConfig,
+    resident_experts: Sequence[Sequence[int]] | None,
+    exchanges: Sequence[ExpertExchange] | None,
 ) -> Iterator[DecoderLayer]:
-    if resident_experts is not None and len(resident_experts) != config.num_layers:
-        raise ValueError(
-            f"resident_experts: expected one sequence of ids for each of {config.num_layers} "
-            f"layers, got {len(resident_experts)}"
-        )
-    for index in range(config.num_layers):
+    experts_by_layer = _one_per_layer("resident_experts", resident_experts, config.num_layers)
+    exchange_by_layer = _one_per_layer("exchanges", exchanges, config.num_layers)
+    for index, (experts, exchange) in enumerate(
+        zip(experts_by_layer, exchange_by_layer, strict=True)
+    ):
         try:
-            yield DecoderLayer(
-                config, None if resident_experts is None else resident_experts[index]
-            )
+            yield DecoderLayer(config, experts, exchange)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
+
+
+def _one_per_layer(
+    name: str, values: Sequence[_Value] | None, num_layers: int
+) -> Sequence[_Value | None]:
+    if values is None:
+        return [None] * num_layers
+    if len(values) != num_layers:
+        raise ValueError(f"{name}: expected one for each of {num_layers} layers, got {len(values)}")
+    return values

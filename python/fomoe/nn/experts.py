@@ -47,20 +47,30 @@ class FeedForward(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def _operands(self, x_TD: Tensor) -> tuple[Tensor, Weights]:
-        """x and the parameters in the dtype to compute in: the autocast dtype if any."""
+    def in_compute_dtype(self, x_TD: Tensor) -> Tensor:
+        """x in the dtype to compute in: the autocast dtype if any.
+
+        Raises
+        ------
+        ValueError
+            Without autocast, x is not of the weights' dtype.
+        """
         device_type = x_TD.device.type
-        weights = Weights(self.w1, self.w2, self.b1, self.b2)
         # As torch's own autocast, which leaves float64 alone.
         if torch.is_autocast_enabled(device_type) and x_TD.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device_type)
-            biases = [None if bias is None else bias.to(dtype) for bias in weights[2:]]
-            return x_TD.to(dtype), Weights(self.w1.to(dtype), self.w2.to(dtype), *biases)
+            return x_TD.to(torch.get_autocast_dtype(device_type))
         if x_TD.dtype != self.w1.dtype:
             raise ValueError(
                 f"MoE: expected input of the weights' dtype {self.w1.dtype}, got {x_TD.dtype}"
             )
-        return x_TD, weights
+        return x_TD
+
+    def _operands(self, x_TD: Tensor) -> tuple[Tensor, Weights]:
+        """x and the parameters in the dtype to compute in."""
+        x_TD = self.in_compute_dtype(x_TD)
+        dtype = x_TD.dtype
+        biases = [None if bias is None else bias.to(dtype) for bias in (self.b1, self.b2)]
+        return x_TD, Weights(self.w1.to(dtype), self.w2.to(dtype), *biases)
 
 
 class Experts(FeedForward):
@@ -73,6 +83,7 @@ class Experts(FeedForward):
     def __init__(self, config: MoEConfig, expert_ids: Sequence[int]) -> None:
         super().__init__(config, (len(expert_ids),), config.expert_dim)
         self.expert_ids = tuple(map(int, expert_ids))
+        self.num_experts = len(self.expert_ids)
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor, routing: Routing) -> Tensor:
         """Weighted sum of the resident experts' outputs, (T, D), in the autocast dtype if any."""

@@ -16,12 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from fomoe.comm import ExpertExchange
 from fomoe.nn.balancing import LoadBalancer
 from fomoe.nn.config import MoEConfig
 from fomoe.nn.experts import Experts, SharedExpert, wide_linear
 from fomoe.nn.statistics import RouterStatistics, router_statistics
 from fomoe.nn.validation import require_resident_experts
-from fomoe.ops import GateOutput, Routing, route, topk_gate
+from fomoe.ops import GateOutput, route, topk_gate
 
 
 class MoE(nn.Module):
@@ -47,37 +48,56 @@ class MoE(nn.Module):
     config : MoEConfig
     resident_experts : Sequence[int], optional
         Ascending global ids of the experts held here, all of them by default; may be empty.
+    exchange : ExpertExchange, optional
+        Makes the layer expert-parallel: the experts this rank owns are held here, tokens travel to
+        those of other ranks and back, and only experts that no rank owns are ghosts. Every forward
+        and backward is then a collective call of all ranks.
 
     Raises
     ------
     ValueError
-        If ``resident_experts`` is out of range, not ascending or holds an id twice.
+        If ``resident_experts`` is out of range, not ascending or holds an id twice, or stands
+        beside ``exchange``; if ``exchange`` is of another number of experts, or the layer has a
+        capacity, which only the tokens of all ranks together could fill.
     """
 
-    expert_map: Tensor  # (E,) int32: row of each expert in experts.w1 and w2, -1 for a ghost
+    expert_map: Tensor  # (E,) int32: row of each expert in experts.w1 and w2, -1 if not here
+    reachable: Tensor  # (E,) bool: False for a ghost
     expert_counts: Tensor  # (E,) int64: slots that chose each expert since the last reset
-    num_rows: Tensor  # () int64: slots that residents executed since the last reset
+    num_rows: Tensor  # () int64: slots that were executed since the last reset
 
-    def __init__(self, config: MoEConfig, resident_experts: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        config: MoEConfig,
+        resident_experts: Sequence[int] | None = None,
+        exchange: ExpertExchange | None = None,
+    ) -> None:
         super().__init__()
-        if resident_experts is None:
+        self.exchange = exchange
+        if exchange is not None:
+            _require_fitting_exchange(exchange, config, resident_experts)
+            resident_experts = exchange.experts
+        elif resident_experts is None:
             resident_experts = range(config.num_experts)
         require_resident_experts(resident_experts, config.num_experts)
         self.config = config
         self.router = nn.Linear(config.dim, config.num_experts, bias=config.has_bias)
         self.experts = Experts(config, resident_experts)
-        resident = set(self.experts.expert_ids)
+        # The experts that are no ghosts.
+        reachable = self.experts.expert_ids if exchange is None else exchange.all_experts
         full = config.router == "full"
         # Whose row is whose, see fomoe.nn.naming.
         self.router.expert_ids = tuple(  # type: ignore[assignment]
-            expert if full or expert in resident else None for expert in range(config.num_experts)
+            expert if full or expert in reachable else None for expert in range(config.num_experts)
         )
-        self.router.on_every_site = full  # type: ignore[assignment]
+        reaches_all = exchange is not None and len(reachable) == config.num_experts
+        self.router.on_every_site = full or reaches_all  # type: ignore[assignment]
+        self.reachable_experts: Sequence[int] = reachable
         self.shared_expert = SharedExpert(config) if config.shared_expert_dim > 0 else None
         # The experts that can be chosen here.
         self.candidates: Sequence[int] = range(config.num_experts)
         if config.router == "partitioned":
-            self.candidates = self.experts.expert_ids
+            self.candidates = reachable
         self.capacity_per_token = _capacity_per_token(config, len(self.candidates))
         self.load_balancer: LoadBalancer | None = None
         if config.bias_update_rate > 0:
@@ -86,6 +106,7 @@ class MoE(nn.Module):
             )
         buffers = {
             "expert_map": torch.empty(config.num_experts, dtype=torch.int32),
+            "reachable": torch.empty(config.num_experts, dtype=torch.bool),
             "expert_counts": torch.empty(config.num_experts, dtype=torch.int64),
             "num_rows": torch.empty((), dtype=torch.int64),
         }
@@ -107,6 +128,8 @@ class MoE(nn.Module):
         for row, expert in enumerate(self.experts.expert_ids):
             rows[expert] = row
         self.expert_map.copy_(torch.tensor(rows, dtype=torch.int32))
+        self.reachable.zero_()
+        self.reachable[list(self.reachable_experts)] = True
         self.reset_statistics()
         if self.load_balancer is not None:
             self.load_balancer.reset_buffers()
@@ -134,17 +157,26 @@ class MoE(nn.Module):
             )
         x_TD = x.reshape(math.prod(x.shape[:-1]), self.config.dim)
         gate = self._choose(x_TD)
-        routing = route(
-            gate.ids,
-            self.expert_map,
-            len(self.experts.expert_ids),
-            capacity=self._capacity(x_TD.shape[0]),
-        )
-        y_TD: Tensor = self.experts(x_TD, gate.weights, routing)
+        if self.exchange is None:
+            capacity = self._capacity(x_TD.shape[0])
+            routing = route(gate.ids, self.expert_map, self.experts.num_experts, capacity=capacity)
+            y_TD: Tensor = self.experts(x_TD, gate.weights, routing)
+            num_rows = routing.offsets[-1]
+        else:
+            y_TD = self._exchanged(self.exchange, x_TD, gate)
+            num_rows = gate.counts[self.reachable].sum()
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
-        self._observe(gate, routing)
+        self._observe(gate, num_rows)
         return y_TD.reshape(x.shape)
+
+    def _exchanged(self, exchange: ExpertExchange, x_TD: Tensor, gate: GateOutput) -> Tensor:
+        """The tokens to the ranks of their experts, through these, and back."""
+        rows, ids, weights, trip = exchange.dispatch(
+            self.experts.in_compute_dtype(x_TD), gate.ids, gate.weights
+        )
+        routing = route(ids, self.expert_map, self.experts.num_experts)
+        return exchange.combine(self.experts(rows, weights, routing), trip)
 
     def _choose(self, x_TD: Tensor) -> GateOutput:
         config = self.config
@@ -156,7 +188,7 @@ class MoE(nn.Module):
             score=config.score,
             score_after_top_k=config.score_after_top_k,
             bias=None if balancer is None else balancer.bias.to(logits.dtype),
-            resident=self.expert_map >= 0 if config.router == "partitioned" else None,
+            resident=self.reachable if config.router == "partitioned" else None,
             num_groups=config.num_groups,
             top_k_groups=config.top_k_groups,
             group_score=config.group_score,
@@ -172,7 +204,7 @@ class MoE(nn.Module):
         numerator, denominator = self.capacity_per_token
         return -(-numerator * num_tokens // denominator)
 
-    def _observe(self, gate: GateOutput, routing: Routing) -> None:
+    def _observe(self, gate: GateOutput, num_rows: Tensor) -> None:
         """Keep the auxiliary loss and add to the statistics, without waiting for the device."""
         if _is_exporting():  # an exported program is for inference
             return
@@ -182,7 +214,7 @@ class MoE(nn.Module):
         self._auxiliary_loss = loss
         # Not +=, which sets the attribute: torch.compile could then not list the modules.
         self.expert_counts.add_(gate.counts)
-        self.num_rows.add_(routing.offsets[-1])
+        self.num_rows.add_(num_rows)
         if self.load_balancer is not None and self.training:
             self.load_balancer.counts.add_(gate.counts)
 
@@ -229,7 +261,7 @@ class MoE(nn.Module):
         return router_statistics(
             self.expert_counts.tolist(),
             candidates=self.candidates,
-            resident=self.experts.expert_ids,
+            resident=self.reachable_experts,
             num_rows=int(self.num_rows),
         )
 
@@ -263,6 +295,25 @@ def _capacity_per_token(config: MoEConfig, num_candidates: int) -> tuple[int, in
     factor = Fraction(config.capacity_factor).limit_denominator(10**6)
     share = factor * min(config.top_k, num_candidates) / num_candidates
     return share.numerator, share.denominator
+
+
+def _require_fitting_exchange(
+    exchange: ExpertExchange, config: MoEConfig, resident_experts: Sequence[int] | None
+) -> None:
+    if resident_experts is not None:
+        raise ValueError(
+            "resident_experts: expected none beside exchange, which says who owns what"
+        )
+    if len(exchange.owners) != config.num_experts:
+        raise ValueError(
+            f"exchange: expected owners of num_experts = {config.num_experts} experts, "
+            f"got {len(exchange.owners)}"
+        )
+    if config.capacity_factor is not None:
+        raise ValueError(
+            f"capacity_factor: expected None for an expert-parallel layer, "
+            f"got {config.capacity_factor}"
+        )
 
 
 def _is_exporting() -> bool:

@@ -13,14 +13,17 @@ __all__ = ["FederationConfig"]
 class FederationConfig(Section):
     """Who trains, and how sites meet.
 
-    A round is `local_steps` optimizer steps. `ddp` averages gradients at every step and takes no
-    outer step; `diloco` and `fomoe` meet at the end of a round.
+    A round is `local_steps` optimizer steps. `ddp` and `ep` average gradients at every step and
+    take no outer step; `diloco` and `fomoe` meet at the end of a round. With `ep` every expert is
+    on one site, and tokens travel to it at every step.
     """
 
-    strategy: Literal["ddp", "diloco", "fomoe"]
+    strategy: Literal["ddp", "ep", "diloco", "fomoe"]
     sites: Count = 4
-    overlap: Count = Field(default_factory=lambda known: known.get("sites", 1))
-    """Sites that hold each expert. fomoe requires it; otherwise it is `sites`."""
+    overlap: Count = Field(
+        default_factory=lambda known: 1 if known.get("strategy") == "ep" else known.get("sites", 1)
+    )
+    """Sites that hold each expert. fomoe requires it; otherwise it is `sites`, for ep 1."""
     local_steps: Count = 32
     rounds: Count = 10
 
@@ -30,11 +33,14 @@ class FederationConfig(Section):
     outer_momentum: BelowOne = 0.9
     codec: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
     """How pseudo-gradients and outer steps travel; all but fp32 with error feedback."""
-    router_mean: Literal["all", "holders", "rescaled"] = "holders"
+    router_mean: Literal["all", "holders", "rescaled"] = Field(
+        default_factory=lambda known: "all" if known.get("strategy") == "ep" else "holders"
+    )
     """Whose rows of a full router count for an expert: every site's, or its holders'."""
     scale_expert_steps: bool = Field(
         default_factory=lambda known: (
-            known.get("outer") == "nesterov" or known.get("codec", "fp32") != "fp32"
+            known.get("strategy") != "ep"
+            and (known.get("outer") == "nesterov" or known.get("codec", "fp32") != "fp32")
         )
     )
     """Multiply an expert's mean difference by sqrt(overlap / sites); true where there is one."""
@@ -58,13 +64,19 @@ class FederationConfig(Section):
     @property
     def sends_differences(self) -> bool:
         """Whether sites send pseudo-gradients, rather than the values themselves to be averaged."""
-        return self.strategy != "ddp" and (self.outer == "nesterov" or self.codec != "fp32")
+        return not self.meets_every_step and (self.outer == "nesterov" or self.codec != "fp32")
+
+    @property
+    def meets_every_step(self) -> bool:
+        """Whether sites average gradients, so that there is no outer step."""
+        return self.strategy in ("ddp", "ep")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         self._check_overlap()
         self._check_experts_move()
         self._check_outer()
+        self._check_expert_parallel()
         return self
 
     def _check_overlap(self) -> None:
@@ -78,7 +90,7 @@ class FederationConfig(Section):
                 f"federation.overlap = {self.overlap} is larger than "
                 f"federation.sites = {self.sites}"
             )
-        if self.strategy != "fomoe" and self.overlap != self.sites:
+        if self.strategy in ("ddp", "diloco") and self.overlap != self.sites:
             raise ValueError(
                 f"federation.overlap = {self.overlap} must equal "
                 f"federation.sites = {self.sites} with "
@@ -92,7 +104,7 @@ class FederationConfig(Section):
                 if value != default:
                     raise ValueError(
                         f"federation.{key} = {value!r} needs federation.strategy = 'fomoe'; "
-                        f"{self.strategy!r} holds every expert on every site"
+                        f"with {self.strategy!r} no expert changes its sites"
                     )
         if (self.placement == "random") != (self.shuffle_every > 0):
             raise ValueError(
@@ -115,17 +127,17 @@ class FederationConfig(Section):
             )
 
     def _check_outer(self) -> None:
-        if self.codec != "fp32" and self.strategy == "ddp":
+        if self.codec != "fp32" and self.meets_every_step:
             raise ValueError(
                 f"federation.codec = {self.codec!r} cannot be used with federation.strategy = "
-                "'ddp': error feedback needs rounds"
+                f"{self.strategy!r}: error feedback needs rounds"
             )
         if self.codec != "fp32" and self.outer == "local_adamw":
             raise ValueError(
                 f"federation.codec = {self.codec!r} cannot be used with federation.outer = "
                 "'local_adamw', whose moments are no differences: use 'fp32'"
             )
-        if self.sends_differences or self.strategy == "ddp":
+        if self.sends_differences or self.meets_every_step:
             return
         if self.router_mean == "rescaled" or self.scale_expert_steps:
             key = "scale_expert_steps" if self.scale_expert_steps else "router_mean"
@@ -133,3 +145,19 @@ class FederationConfig(Section):
                 f"federation.{key} = {getattr(self, key)!r} scales differences, but "
                 f"federation.outer = {self.outer!r} averages values: use 'nesterov'"
             )
+
+    def _check_expert_parallel(self) -> None:
+        if self.strategy != "ep":
+            return
+        needed = {
+            "overlap": (1, "an expert is on one site"),
+            "router_mean": ("all", "every site's tokens go to every expert"),
+            "scale_expert_steps": (False, "there is no outer step"),
+            "ranks_per_site": (1, "tokens travel between sites of one rank only"),
+        }
+        for key, (value, reason) in needed.items():
+            if getattr(self, key) != value:
+                raise ValueError(
+                    f"federation.{key} = {getattr(self, key)!r} must be {value!r} with "
+                    f"federation.strategy = 'ep': {reason}"
+                )

@@ -4,22 +4,26 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from fomoe.comm import C10dTransport, Stage, Topology
+from fomoe.comm import Transport as TokenTransport
 from fomoe.errors import UserError
+from fomoe.federation import site_report
 from fomoe.federation.checkpoint import FileRecord
 from fomoe.federation.config import Config
 from fomoe.federation.exchange import Transport
 from fomoe.federation.launch.channel import Channel, Reporter, timing
 from fomoe.federation.launch.heartbeat import Heartbeat
+from fomoe.federation.launch.membership import SECONDS_IN_A_COLLECTIVE
 from fomoe.federation.site import Site
 from fomoe.federation.summary import corpus_sha256
 from fomoe.federation.task import Task
 
-__all__ = ["WatchedTransport", "check_corpus", "run_rounds"]
+__all__ = ["WatchedTokenTransport", "WatchedTransport", "check_corpus", "run_rounds"]
 
 
 def check_corpus(task: Task, site: int, expected: str | None) -> None:
@@ -82,6 +86,35 @@ class WatchedTransport:
         self.seconds = self._transport.seconds
 
 
+class WatchedTokenTransport:
+    """The same for the way that tokens travel; None where they do not."""
+
+    def __init__(self, transport: TokenTransport, heartbeat: Heartbeat) -> None:
+        self._transport = transport
+        self._heartbeat = heartbeat
+        self.topology = transport.topology
+        self.rank = transport.rank
+
+    @classmethod
+    def of(cls, config: Config, heartbeat: Heartbeat) -> Self | None:
+        """Between sites, each a rank of torch.distributed; all of them must call it."""
+        if config.federation.strategy != "ep":
+            return None
+        topology = Topology([1] * config.federation.sites)
+        transport = C10dTransport(topology, timeout=SECONDS_IN_A_COLLECTIVE)
+        return cls(transport, heartbeat)
+
+    def gather_counts(self, counts: Tensor) -> Tensor:
+        with self._heartbeat.waits():
+            return self._transport.gather_counts(counts)
+
+    def all_to_all(
+        self, stage: Stage, payload: Tensor, send: list[int], receive: list[int]
+    ) -> Tensor:
+        with self._heartbeat.waits():
+            return self._transport.all_to_all(stage, payload, send, receive)
+
+
 def _is_due(config: Config, index: int) -> tuple[bool, bool]:
     """Whether an evaluation, and whether a checkpoint, follows the round."""
     last = index + 1 == config.federation.rounds
@@ -103,17 +136,17 @@ def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> 
         heartbeat.doing(f"step {site.step}")
         step = site.local_step()
         reporter.step(step=site.step - 1, loss=step.loss, lr=step.learning_rate)
-    memory = site.memory()
+    memory = site_report.memory(site)
     heartbeat.doing(f"the meeting of round {index}")
     site.end_round()
     heartbeat.doing(f"the report of round {index}")
-    memory |= site.memory_of_the_meeting()
+    memory |= site_report.memory_of_the_meeting(site)
     return {
         "round": index,
         "tokens": site.tokens,
         "rejected": sorted(site.rejected),
         "routing": site.routing(),
-        "digests": site.digests(),
+        "digests": site_report.digests(site),
         "parameters": sum(tensor.num_elements for tensor in site.tensors),
         "owned_parameters": sum(tensor.num_elements for tensor in site.written),
         "threads": torch.get_num_threads(),

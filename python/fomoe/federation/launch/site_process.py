@@ -23,7 +23,12 @@ from fomoe.federation.launch.channel import PipeChannel, encode
 from fomoe.federation.launch.device import use_device
 from fomoe.federation.launch.heartbeat import Heartbeat
 from fomoe.federation.launch.membership import SECONDS_IN_A_COLLECTIVE, threads_of_a_rank
-from fomoe.federation.launch.rounds import WatchedTransport, check_corpus, run_rounds
+from fomoe.federation.launch.rounds import (
+    WatchedTokenTransport,
+    WatchedTransport,
+    check_corpus,
+    run_rounds,
+)
 from fomoe.federation.launch.store import HOST, connect
 from fomoe.federation.launch.watch import Loss
 from fomoe.federation.site import Site
@@ -79,7 +84,8 @@ def _train(order: SiteOrder, channel: PipeChannel, heartbeat: Heartbeat) -> None
     check_corpus(order.task, order.site, order.corpus_sha256)
     checkpoint = None if order.resume is None else Checkpoint(order.resume)
     transport = WatchedTransport(GroupTransport(), heartbeat)
-    site = Site(order.config, order.task, transport, checkpoint)
+    tokens = WatchedTokenTransport.of(order.config, heartbeat)
+    site = Site(order.config, order.task, transport, checkpoint, tokens=tokens)
     run_rounds(site, channel, heartbeat, order.first_round)
 
 

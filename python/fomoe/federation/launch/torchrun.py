@@ -25,7 +25,12 @@ from fomoe.federation.launch.heartbeat import CHECKPOINT
 from fomoe.federation.launch.membership import threads_of_a_rank
 from fomoe.federation.launch.opening import Opening, check_placement, opened_in_an_attempt
 from fomoe.federation.launch.rank import Rank
-from fomoe.federation.launch.rounds import WatchedTransport, check_corpus, run_rounds
+from fomoe.federation.launch.rounds import (
+    WatchedTokenTransport,
+    WatchedTransport,
+    check_corpus,
+    run_rounds,
+)
 from fomoe.federation.launch.traveling import GroupChannel, Travel, mark
 from fomoe.federation.run_folder import run_folder_of
 from fomoe.federation.site import Site
@@ -86,7 +91,8 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
         announce=lambda path: rank.store.set(CHECKPOINT, path),
     )
     with coordinator, travel.outbox() as outbox:
-        site = Site(opening.config, task, _transport(rank), checkpoint, _ranks(rank))
+        tokens = WatchedTokenTransport.of(opening.config, rank.heartbeat)
+        site = Site(opening.config, task, _transport(rank), checkpoint, _ranks(rank), tokens)
         channel = GroupChannel(travel, outbox, coordinator, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, opening.first_round)
     return coordinator.finish()
@@ -110,7 +116,8 @@ def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
             )
         rank.heartbeat.starting()
         check_corpus(task, rank.membership.site, plan["corpus_sha256"])
-        site = Site(config, task, _transport(rank), checkpoint, _ranks(rank))
+        tokens = WatchedTokenTransport.of(config, rank.heartbeat)
+        site = Site(config, task, _transport(rank), checkpoint, _ranks(rank), tokens)
         if checkpoint is not None and travel.is_away:
             travel.remove(checkpoint)
         channel = GroupChannel(travel, outbox, None, rank.heartbeat)
