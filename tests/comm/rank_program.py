@@ -42,7 +42,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def start(rank: int, size: int, port: int, timeout: float = 60.0) -> None:
+def start(rank: int, size: int, port: int, timeout: float = 300.0) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.TCPStore("127.0.0.1", port, size, is_master=False)
@@ -139,7 +139,7 @@ def work(rank: int, port: int, results: Any) -> None:
 def lose_rank_2(rank: int, port: int, results: Any, how: str) -> None:
     """Three ranks, one of which dies or stops between two exchanges; what the others say."""
     start(rank, 3, port)
-    transport = C10dTransport(Topology([2, 1]), timeout=4.0)
+    transport = C10dTransport(Topology([2, 1]), timeout=8.0)
     exchange = ExpertExchange(transport, [0, 1, 2])
     inputs = torch.ones(1, 4), torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.ones(1, 3)
     exchange.dispatch(*inputs)

@@ -33,10 +33,10 @@ def _results_of(program, size, arguments, expected):
     for process in processes:
         process.start()
     try:
-        return [results.get(timeout=90) for _ in range(expected)]
+        return [results.get(timeout=300) for _ in range(expected)]
     finally:
         for process in processes[:expected]:
-            process.join(timeout=30)
+            process.join(timeout=300)
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
