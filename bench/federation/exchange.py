@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fomoe.bench.machine import machine, versions
 from fomoe.bench.timing import in_turns, paired_ratio, spread
@@ -69,23 +70,23 @@ def decoder(size: str) -> DecoderConfig:
 class RecordingTransport(GroupTransport):
     """Remembers the calls of the last meeting, and can make them again."""
 
-    calls: list[tuple[list[int], list[int]]]
+    calls: list[tuple[Tensor, list[int], Tensor, list[int]]]
 
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         self.calls = []
         return super().gather(values)
 
-    def all_to_all(self, outbox: torch.Tensor, send: list[int], receive: list[int]) -> torch.Tensor:
-        self.calls.append((send, receive))
-        return super().all_to_all(outbox, send, receive)
+    def all_to_all(
+        self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]
+    ) -> None:
+        self.calls.append((outbox, send, inbox, receive))
+        super().all_to_all(outbox, send, inbox, receive)
 
     def again(self) -> Callable[[], None]:
-        outboxes = [torch.ones(sum(send), dtype=torch.uint8) for send, _ in self.calls]
-
         def call() -> None:
             super(RecordingTransport, self).gather([0])
-            for outbox, (send, receive) in zip(outboxes, self.calls, strict=True):
-                super(RecordingTransport, self).all_to_all(outbox, send, receive)
+            for arguments in self.calls:
+                super(RecordingTransport, self).all_to_all(*arguments)
 
         return call
 
@@ -218,7 +219,7 @@ def _records(
         if name in contenders:
             sent = sum(contenders[name].ledger.close_round().values())
             num_bytes = round(_over_sites(sent / meetings, dist.ReduceOp.SUM))
-            record["scratch_bytes"] = contenders[name].meetings.exchange.scratch.peak
+            record["buffer_bytes"] = contenders[name].meetings.exchange.num_bytes()
             record["travel"] = _compared(travel[name], times[ALL_REDUCE], num_bytes / plain)
         record["bytes"], record["payload_ratio"] = num_bytes, num_bytes / plain
         record["meeting"] = _compared(seconds_taken, times[ALL_REDUCE], num_bytes / plain)

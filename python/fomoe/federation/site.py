@@ -151,8 +151,6 @@ class Site:
         self.failed, self.tokens, self.rejected = False, 0, set()
         if self.round > 0:
             self._move_to(self._placement_of(self.round))
-        # Of this round only: a resumed run knows nothing of the earlier ones.
-        self.meetings.exchange.scratch.peak = 0
         if not self.averages_gradients:
             self.meetings.begin_round(self._values_on_host())
 
@@ -332,18 +330,17 @@ class Site:
         }
 
     def memory_of_the_meeting(self) -> dict[str, int]:
-        """What the round's meetings added, and the peak resident set of the process.
+        """What the meetings need, and the peak resident set of the process.
 
-        ``exchange_buffers`` is the most that buffers, means, steps, and new momenta and losses of
-        the codec took at once; ``outer_momentum`` is that of owned tensors, and
-        ``codec_residuals`` is what the codec lost. Both are lasting.
+        ``exchange_buffers`` is what is kept for the next meeting to write to: buffers, and new
+        momenta and losses of the codec; ``outer_momentum`` is that of owned tensors, and
+        ``codec_residuals`` is what the codec lost.
         """
-        exchange = self.meetings.exchange
-        lost = [*exchange.lost_up.residuals.values(), *exchange.lost_down.residuals.values()]
+        exchange, momentum = self.meetings.exchange, self.meetings.outer.carried
         return {
-            "outer_momentum": tensor_bytes(self.meetings.outer.momentum.values()),
-            "codec_residuals": tensor_bytes(lost),
-            "exchange_buffers": exchange.scratch.peak,
+            "outer_momentum": momentum.num_bytes(),
+            "codec_residuals": exchange.lost_up.num_bytes() + exchange.lost_down.num_bytes(),
+            "exchange_buffers": exchange.num_bytes() + momentum.spare_bytes(),
             "peak_rss": peak_rss(),
             **self._peak_on_device(),
         }
