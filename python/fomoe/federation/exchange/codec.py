@@ -120,35 +120,34 @@ class _Integers:
 
     def encode(self, value: Tensor, payload: Tensor) -> None:
         blocks = value.view(-1, BLOCK)
-        scales, packed = self._split(payload)
+        scales, packed = self._parts(payload, 0, blocks.shape[0])
         torch.amax(blocks.abs(), dim=1, out=scales)
         scales /= self.largest
         # A block of zeros, or of numbers so small that their scale is none, becomes zeros.
         divisors = torch.where(scales > 0, scales, 1.0)
         blocks.div_(divisors[:, None]).round_().clamp_(-self.largest, self.largest)
         if self.largest > 7:
-            packed.view(torch.int8).copy_(blocks)
+            packed.view(torch.int8).copy_(value)
         else:
-            # In every pair of bytes, first in the lower one: the second moves to its upper half.
-            pairs = value.add_(8).to(torch.int8).view(torch.int16)
-            packed.view(-1).copy_(pairs | (pairs >> 4))
+            # Two bytes as one number, first in the lower half: the second's bits move next to it.
+            pairs = value.to(torch.int8).add_(8).view(torch.int16)
+            packed.copy_(pairs | (pairs >> 4))
 
     def decode(self, payload: Tensor, into: Tensor, start: int = 0) -> Tensor:
-        scales, packed = (
-            part[start // BLOCK : (start + into.numel()) // BLOCK] for part in self._split(payload)
-        )
         blocks = into.view(-1, BLOCK)
+        scales, packed = self._parts(payload, start // BLOCK, blocks.shape[0])
         if self.largest > 7:
-            blocks.copy_(packed.view(torch.int8))
+            into.copy_(packed.view(torch.int8))
         else:
-            bytes_ = packed.to(torch.int16)
-            blocks.copy_(((bytes_ | (bytes_ << 4)) & 0x0F0F).view(torch.int8)).sub_(8)
+            pairs = packed.to(torch.int16)
+            into.copy_(
+                ((pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)).view(torch.int8).sub_(8)
+            )
         blocks.mul_(scales[:, None])
         return into
 
-    def _split(self, payload: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales, float32 (blocks,), and integers, uint8 (blocks, block_bytes)."""
-        blocks = payload.numel() // (4 + self.block_bytes)
-        return payload[: 4 * blocks].view(torch.float32), payload[4 * blocks :].view(
-            -1, self.block_bytes
-        )
+    def _parts(self, payload: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Scales, float32 (count,), and integers, uint8, of ``count`` blocks from the first on."""
+        begin = 4 * (payload.numel() // (4 + self.block_bytes)) + first * self.block_bytes
+        scales = payload[4 * first : 4 * (first + count)].view(torch.float32)
+        return scales, payload[begin : begin + count * self.block_bytes]

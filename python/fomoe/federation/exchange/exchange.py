@@ -37,8 +37,9 @@ Step = Callable[[Chunk, Tensor, Tensor], None]
 
 def is_finite(value: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
-    # The extremes are NaN if an element is: one pass, and no temporary.
-    return value.numel() == 0 or all(
+    # A sum is finite only if all its terms are, and is the fastest to compute; that of large finite
+    # terms may overflow, but then the extremes tell.
+    return math.isfinite(value.sum().item()) or all(
         math.isfinite(extreme.item()) for extreme in torch.aminmax(value)
     )
 
@@ -119,6 +120,8 @@ class Exchange:
         self.lost_up = Carried(layout, pieces, layout.num_elements, codec.dtype)
         self.lost_down = Carried(layout, self.owned, layout.num_owned, codec.dtype)
         self._buffers: dict[str, Tensor] = {}
+        self._sizes = {chunk: codec.num_bytes(chunk.num_elements) for chunk in layout.chunks}
+        self._owned_bytes = self._num_bytes(layout.owned)
         largest = max((chunk.num_elements for chunk in layout.chunks), default=0)
         self._work = torch.empty(3, largest, dtype=codec.dtype)
 
@@ -140,7 +143,7 @@ class Exchange:
         share a buffer, and so do their results: the next one overwrites them.
         """
         buffer = self._buffer(kind, self._num_bytes(self.layout.chunks))
-        owned = dict(self._cut(buffer, self.layout.owned))
+        owned = dict(zip(self.layout.owned, self._cut(buffer, self.layout.owned), strict=True))
         mine = [chunk for chunk in self.layout.chunks if self.site in chunk.contributors]
         to = self._by_site(lambda chunk: [chunk.owner], mine)
         slots, send = self._slots(self._of_others(buffer), to)
@@ -255,7 +258,7 @@ class Exchange:
         return groups
 
     def _num_bytes(self, chunks: Iterable[Chunk]) -> int:
-        return sum(self.codec.num_bytes(chunk.num_elements) for chunk in chunks)
+        return sum(self._sizes[chunk] for chunk in chunks)
 
     def _buffer(self, kind: str, num_bytes: int) -> Tensor:
         if kind not in self._buffers:
@@ -264,37 +267,35 @@ class Exchange:
 
     def _inbox(self) -> Tensor:
         """What comes to the owner, and then what it sends back, which is as much or more."""
-        copies = ((len(chunk.receivers) - 1, chunk) for chunk in self.layout.owned)
-        return self._buffer("inbox", sum(n * self._num_bytes([chunk]) for n, chunk in copies))
+        copies = (self._sizes[c] * (len(c.receivers) - 1) for c in self.layout.owned)
+        return self._buffer("inbox", sum(copies))
 
     def _of_others(self, buffer: Tensor) -> Tensor:
         """What of a parcel's buffer is for the chunks this site does not own."""
-        return buffer[self._num_bytes(self.layout.owned) :]
+        return buffer[self._owned_bytes :]
 
     def _slots(
         self, buffer: Tensor, groups: Sequence[Sequence[Chunk]]
     ) -> tuple[dict[tuple[int, Chunk], Tensor], list[int]]:
         """Places for groups of chunks by site, all but this one's, and their bytes by site."""
-        slots, sizes = {}, [self._num_bytes(group) for group in groups]
+        sizes = [self._num_bytes(group) for group in groups]
         sizes[self.site] = 0
-        parts = torch.split(buffer[: sum(sizes)], sizes)
-        for site, (group, part) in enumerate(zip(groups, parts, strict=True)):
-            if site != self.site:
-                slots |= {(site, chunk): slot for chunk, slot in self._cut(part, group)}
-        return slots, sizes
+        keys = [(s, chunk) for s, group in enumerate(groups) if s != self.site for chunk in group]
+        parts = self._cut(buffer, [chunk for _, chunk in keys])
+        return dict(zip(keys, parts, strict=True)), sizes
 
-    def _cut(self, buffer: Tensor, chunks: Sequence[Chunk]) -> Iterable[tuple[Chunk, Tensor]]:
+    def _cut(self, buffer: Tensor, chunks: Iterable[Chunk]) -> Sequence[Tensor]:
         """The parts of a buffer that chunks take up, one after the other."""
-        sizes = [self._num_bytes([chunk]) for chunk in chunks]
-        return zip(chunks, torch.split(buffer[: sum(sizes)], sizes), strict=True)
+        sizes = [self._sizes[chunk] for chunk in chunks]
+        return torch.split(buffer[: sum(sizes)], sizes)
 
     def _travel(self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]) -> None:
         self.transport.all_to_all(outbox[: sum(send)], send, inbox[: sum(receive)], receive)
 
-    def _count(self, sent: Mapping[tuple[int, Chunk], Tensor]) -> None:
+    def _count(self, sent: Iterable[tuple[int, Chunk]]) -> None:
         total: Counter[str] = Counter()
-        for (_, chunk), slot in sent.items():
-            total[chunk.traffic_class] += slot.numel()
+        for _, chunk in sent:
+            total[chunk.traffic_class] += self._sizes[chunk]
         for traffic_class, num_bytes in total.items():
             self.ledger.sent(traffic_class, num_bytes)
 

@@ -38,7 +38,6 @@ class Results:
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)
 
-    @torch.no_grad()
     def write(self, name: str, target: Tensor, *, minuend: Tensor | None = None) -> None:
         """Overwrite ``target``, contiguous, on any device, with a result, or ``minuend - result``.
 
