@@ -208,7 +208,7 @@ class Meetings:
 
     def missed(self) -> Meeting:
         """What a rank that does not meet the other sites knows of a meeting: nothing."""
-        return Meeting(Attendance(()), {}, False, Results(self.codec, []), {})
+        return Meeting(Attendance(()), {}, False, Results(self.codec, [], torch.empty(0)), {})
 
     def commit(self) -> None:
         """The site has taken the meeting's results over."""

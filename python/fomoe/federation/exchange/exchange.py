@@ -195,7 +195,8 @@ class Exchange:
         self._travel(outbox, send, others, receive)
         self._count(slots)
         results = [(chunk, parcel.owned[chunk]) for chunk in known]
-        return Results(self.codec, results + [(c, slot) for (_, c), slot in received.items()])
+        results += [(chunk, slot) for (_, chunk), slot in received.items()]
+        return Results(self.codec, results, self._work[0])
 
     def commit(self) -> None:
         """The meeting has succeeded: what the codec lost in it is for the next one to send."""

@@ -13,7 +13,7 @@ from fomoe.federation.exchange.pieces import Piece
 
 __all__ = ["CHUNK", "Chunk", "Layout", "Part"]
 
-CHUNK = 2**18
+CHUNK = 2**17
 """Most elements of a chunk: a few times as many fit the second-level cache. Our choice."""
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.federation.exchange.codec import Codec
-from fomoe.federation.exchange.layout import CHUNK, Chunk, Part
+from fomoe.federation.exchange.layout import Chunk, Part
 
 __all__ = ["Results"]
 
@@ -22,11 +22,15 @@ class Results:
     codec : Codec
     payloads : Sequence[tuple[Chunk, Tensor]]
         All chunks of every tensor there is a result of, encoded.
+    work : Tensor
+        Memory for the elements of any of the chunks, of the codec's dtype.
     """
 
-    def __init__(self, codec: Codec, payloads: Sequence[tuple[Chunk, Tensor]]) -> None:
+    def __init__(
+        self, codec: Codec, payloads: Sequence[tuple[Chunk, Tensor]], work: Tensor
+    ) -> None:
         self.codec = codec
-        self._work = torch.empty(CHUNK, dtype=codec.dtype)
+        self._work = work
         self._parts: dict[str, list[tuple[Part, Tensor]]] = {}
         for chunk, payload in payloads:
             for part in chunk.parts:
