@@ -4,8 +4,9 @@
 All contenders run in the same four processes, in turns: the all-reduce of the full model alone;
 DiLoCo made of it, in a few lines of torch; and the whole end of a round of the trainer's diloco and
 fomoe (differences, check, both ways, means, outer step, new parameters). `travel` of the trainer is
-the same collectives once more, with nothing to be computed before. Ratios are taken within a
-repetition; `over_payload` divides them by the ratio of the bytes sent: at most 1.2 is the target.
+the same collectives once more, with the same buffers and nothing to be computed before. Ratios are
+taken within a repetition; `over_payload` divides them by the ratio of the bytes sent: at most 1.2
+is the target.
 """
 
 import argparse
@@ -38,7 +39,7 @@ SITES, OVERLAP = 4, 2
 ALL_REDUCE, PLAIN_DILOCO = "all-reduce", "diloco all-reduce"
 WARMUPS = 2
 # Millions of parameters, nearly: width, which is the experts' as well, and layers of 16 experts.
-SHAPES = {"5M": (192, 4), "50M": (512, 6), "200M": (1024, 5)}
+SHAPES = {"5M": (192, 4), "50M": (512, 6), "100M": (1024, 3)}
 CONTENDERS = {
     "diloco fp32": {"strategy": "diloco"},
     "fomoe fp32": {"strategy": "fomoe"},
@@ -46,7 +47,7 @@ CONTENDERS = {
     "fomoe int8": {"strategy": "fomoe", "codec": "int8"},
     "fomoe int4": {"strategy": "fomoe", "codec": "int4"},
 }
-_NO_CODECS = ("200M",)  # their residuals would not fit four sites into 24 GB
+_NO_CODECS = ("100M",)  # what they keep would not fit four sites into 24 GB
 
 
 def decoder(size: str) -> DecoderConfig:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One site's part in the meetings: what it contributes, the outer step of what it owns, the result.
 
-Everything here is in host memory, wherever the site computes. A meeting works on scratch tensors
+Everything here is in host memory, wherever the site computes. A meeting works on buffers of its own
 and returns what the site's values become; :meth:`Meetings.commit` makes it count.
 """
 

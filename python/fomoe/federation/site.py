@@ -180,7 +180,7 @@ class Site:
     def end_round(self) -> None:
         """Meet the other sites: after this, holders of a tensor hold the same value.
 
-        Everything happens in scratch tensors; the model changes only when all have arrived.
+        The model changes only when everything has arrived.
 
         Raises
         ------

@@ -14,7 +14,7 @@ from fomoe.federation.exchange.pieces import Piece
 __all__ = ["CHUNK", "Chunk", "Layout", "Part"]
 
 CHUNK = 2**17
-"""Most elements of a chunk: a few times as many fit the second-level cache. Our choice."""
+"""Most elements of a chunk: several times as many fit a cache. Our choice, by measurement."""
 
 
 @dataclass(frozen=True, slots=True)
