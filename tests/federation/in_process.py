@@ -80,13 +80,15 @@ class ThreadTransport:
         assert len({len(theirs) for theirs in everyone}) == 1
         return everyone
 
-    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all(
+        self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]
+    ) -> None:
         assert outbox.dtype == torch.uint8
         assert sum(send) == outbox.numel()
         parts = self._exchange(torch.split(outbox.clone(), send))
         mine = [parts[site][self.site] for site in range(self.sites)]
         assert [part.numel() for part in mine] == receive
-        return torch.cat(mine)
+        torch.cat(mine, out=inbox)
 
     def _exchange(self, mine: Any) -> list[Any]:
         self.before_call()

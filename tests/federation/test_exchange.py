@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from in_process import ThreadTransport, meet, run_sites, values_of
 
-from fomoe.federation.exchange import BLOCK, Exchange, Piece, codec_for, cut
+from fomoe.federation.exchange import BLOCK, Carried, Exchange, Layout, Piece, codec_for, cut
+from fomoe.federation.exchange.layout import CHUNK
 from fomoe.federation.ledger import SiteLedger, expected_moved_bytes, expected_round_bytes
 from fomoe.federation.parameters import federated_tensors
 from fomoe.federation.placement import everywhere, fixed, random
@@ -233,6 +234,60 @@ def test_moving_experts_take_their_weights_and_momentum_to_their_new_places():
     assert any(arrivals.momentum for arrivals, _ in results)
     expected = expected_moved_bytes(old, new, expert_bytes=600, momentum_bytes=640)
     assert sum(num_bytes for _, num_bytes in results) == expected > 0
+
+
+def test_pieces_that_go_the_same_way_lie_end_to_end_each_from_a_whole_block_on():
+    pieces = [
+        Piece("a", 0, 100, 1, (0, 1), (0, 1), "shared"),
+        Piece("b", 0, CHUNK, 0, (0, 1), (0, 1), "shared"),
+        Piece("c", 0, 5, 1, (0, 1), (0, 1), "expert"),
+        Piece("d", 0, 3, 0, (0, 1), (0, 1), "shared"),
+        Piece("e", 0, 200, 1, (0, 1), (0, 1), "shared"),
+    ]
+    layout = Layout(pieces, site=0, alignment=BLOCK)
+    # What site 0 owns comes first, then of site 1 a and e, and the expert's by itself.
+    ends = CHUNK + BLOCK
+    assert layout.starts == {
+        "b[0:131072]": 0, "d[0:3]": CHUNK, "a[0:100]": ends, "e[0:200]": ends + BLOCK,
+        "c[0:5]": ends + 3 * BLOCK,
+    }  # fmt: skip
+    sizes = [(chunk.owner, chunk.start, chunk.num_elements) for chunk in layout.chunks]
+    assert sizes == [
+        (0, 0, CHUNK), (0, CHUNK, BLOCK), (1, ends, 3 * BLOCK), (1, ends + 3 * BLOCK, BLOCK)
+    ]  # fmt: skip
+    assert (layout.num_owned, layout.num_elements) == (ends, ends + 4 * BLOCK)
+
+
+def test_a_piece_larger_than_a_chunk_is_cut():
+    piece = Piece("a", BLOCK, 2 * CHUNK, 0, (0,), (0,), "shared")
+    layout = Layout([piece], site=0, alignment=BLOCK)
+    parts = [part for chunk in layout.chunks for part in chunk.parts]
+    assert [(p.start, p.stop, p.offset) for p in parts] == [
+        (BLOCK, BLOCK + CHUNK, 0), (BLOCK + CHUNK, 2 * CHUNK, 0)
+    ]  # fmt: skip
+    assert layout.chunks_of[piece.key] == layout.chunks
+
+
+def test_what_is_carried_counts_from_the_commit_on_and_stays_where_nothing_new_is_written():
+    pieces = [
+        Piece(name, 0, 2, owner, (0, 1), (0, 1), "shared") for name, owner in (("a", 0), ("b", 1))
+    ]
+    layout = Layout(pieces, site=0, alignment=1)
+    first, second = layout.chunks
+    carried = Carried(layout, pieces, layout.num_elements, torch.float32)
+    carried.load({"b[0:2]": torch.tensor([5.0, 6.0])})
+    assert carried.before(first) is None
+    carried.after(first).copy_(torch.tensor([1.0, 2.0]))
+    assert carried.before(first) is None
+    carried.commit()
+    assert carried.before(first).tolist() == [1.0, 2.0]
+    assert carried.before(second).tolist() == [5.0, 6.0]
+    carried.after(second).zero_()
+    carried.forget()
+    carried.commit()
+    assert {key: x.tolist() for key, x in carried.by_piece().items()} == {
+        "a[0:2]": [1.0, 2.0], "b[0:2]": [5.0, 6.0]
+    }  # fmt: skip
 
 
 def test_a_piece_says_where_it_is():

@@ -4,8 +4,28 @@
 import pytest
 import torch
 
-from fomoe.federation.exchange import weighted_mean
+from fomoe.federation.exchange import Carried, Layout, Piece
+from fomoe.federation.exchange import weighted_mean as weighted_mean_into
 from fomoe.federation.outer_optimizer import Nesterov
+
+
+def weighted_mean(values, weights):
+    return weighted_mean_into(values, weights, *(torch.empty_like(values[0]) for _ in range(2)))
+
+
+class OneNumber:
+    """The outer optimizer of a model that is one number."""
+
+    def __init__(self, learning_rate, momentum):
+        piece = Piece("w", 0, 1, 0, (0,), (0,), "shared")
+        layout = Layout([piece], site=0, alignment=1)
+        self.chunk = layout.chunks[0]
+        self.outer = Nesterov(learning_rate, momentum, Carried(layout, [piece], 1, torch.float32))
+
+    def step(self, difference):
+        delta = torch.tensor([difference])
+        self.outer.step(self.chunk, delta, torch.empty(1))
+        return delta.item()
 
 
 def test_the_mean_is_weighted_by_tokens():
@@ -37,15 +57,14 @@ def test_fp64_is_averaged_in_fp64():
 
 
 def test_the_first_nesterov_step_is_a_third_longer_than_the_displacement():
-    outer = Nesterov(learning_rate=0.7, momentum=0.9)
-    assert outer.step("w", torch.tensor([0.5])).item() == pytest.approx(0.5 * 1.9 * 0.7)
+    assert OneNumber(0.7, 0.9).step(0.5) == pytest.approx(0.5 * 1.9 * 0.7)
 
 
 def test_momentum_changes_at_the_commit_only():
-    outer = Nesterov(learning_rate=1.0, momentum=0.5)
-    outer.step("w", torch.tensor([1.0]))
-    assert outer.momentum == {}
-    outer.step("w", torch.tensor([2.0]))  # the first attempt failed, this one counts
-    outer.commit()
-    assert outer.momentum["w"].item() == 2.0
-    assert outer.step("w", torch.tensor([1.0])).item() == 1.0 + (2.0 * 0.5 + 1.0) * 0.5
+    number = OneNumber(learning_rate=1.0, momentum=0.5)
+    number.step(1.0)
+    assert number.outer.momentum == {}
+    number.step(2.0)  # the first attempt failed, this one counts
+    number.outer.commit()
+    assert number.outer.momentum["w[0:1]"].item() == 2.0
+    assert number.step(1.0) == 1.0 + (2.0 * 0.5 + 1.0) * 0.5

@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """One site's part in the meetings: what it contributes, the outer step of what it owns, the result.
 
-Everything here is in host memory, wherever the site computes. A meeting works on scratch tensors
+Everything here is in host memory, wherever the site computes. A meeting works on buffers of its own
 and returns what the site's values become; :meth:`Meetings.commit` makes it count.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from fomoe.errors import UserError
 from fomoe.federation.config import FederationConfig
 from fomoe.federation.exchange import (
     Attendance,
+    Carried,
+    Chunk,
     Exchange,
-    Piece,
     Results,
     Transport,
     codec_for,
@@ -89,13 +91,12 @@ class Meetings:
         self.settings = settings
         self.transport = transport
         self.ledger = ledger
-        self.outer = Nesterov(settings.outer_lr, settings.outer_momentum)
         self.start: dict[str, Tensor] = {}
         dtypes = {tensor.parameter.dtype for tensor in tensors}
         if len(dtypes) != 1:
             raise ValueError(f"all parameters must have one dtype, got {sorted(map(str, dtypes))}")
         self.codec = codec_for(settings.codec, dtypes.pop())
-        self.exchange = self._exchange(tensors, placement)
+        self._build(tensors, placement)
 
     def place(
         self, tensors: Sequence[ModelTensor], placement: Placement, arrivals: Arrivals
@@ -105,22 +106,21 @@ class Meetings:
         What a codec lost of a tensor that has just come, or of a piece whose owner has changed, is
         dropped.
         """
-        before = self.exchange
-        self.exchange = self._exchange(tensors, placement)
+        before, momentum = self.exchange, self.outer.momentum | arrivals.momentum
+        self._build(tensors, placement)
+        self.start = {}
+        self.outer.carried.load(momentum)
         sent = {p.key for p in self.exchange.pieces if p.tensor not in arrivals.weights}
-        owned = {piece.key for piece in self.exchange.owned}
-        self.exchange.lost_up, self.exchange.lost_down = before.lost_up, before.lost_down
-        self.exchange.lost_up.keep_only(sent)
-        self.exchange.lost_down.keep_only(owned & {piece.key for piece in before.owned})
-        momentum = self.outer.momentum | arrivals.momentum
-        self.outer.momentum = {key: value for key, value in momentum.items() if key in owned}
+        lost_up = before.lost_up.by_piece()
+        self.exchange.lost_up.load({key: x for key, x in lost_up.items() if key in sent})
+        self.exchange.lost_down.load(before.lost_down.by_piece())
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, flat, by ``KIND/PIECE``."""
         kinds = {
             OUTER_MOMENTUM: self.outer.momentum,
-            LOST_UP: self.exchange.lost_up.residuals,
-            LOST_DOWN: self.exchange.lost_down.residuals,
+            LOST_UP: self.exchange.lost_up.by_piece(),
+            LOST_DOWN: self.exchange.lost_down.by_piece(),
         }
         return {f"{kind}/{key}": v for kind, values in kinds.items() for key, v in values.items()}
 
@@ -134,12 +134,12 @@ class Meetings:
             prefix = f"{kind}/"
             return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
-        self.outer.momentum = of(OUTER_MOMENTUM)
+        self.outer.carried.load(of(OUTER_MOMENTUM))
         if self.codec.is_lossy:
             self.exchange.lost_up.load(of(LOST_UP))
             self.exchange.lost_down.load(of(LOST_DOWN))
 
-    def _exchange(self, tensors: Sequence[ModelTensor], placement: Placement) -> Exchange:
+    def _build(self, tensors: Sequence[ModelTensor], placement: Placement) -> None:
         settings = self.settings
         pieces = cut(
             tensors,
@@ -147,11 +147,17 @@ class Meetings:
             router_mean=settings.router_mean,
             scale_expert_steps=settings.scale_expert_steps,
         )
-        return Exchange(pieces, self.transport, self.ledger, self.codec)
+        self.exchange = Exchange(pieces, self.transport, self.ledger, self.codec)
+        layout, owned = self.exchange.layout, self.exchange.owned
+        carried = Carried(layout, owned, layout.num_owned, self.codec.dtype)
+        self.outer = Nesterov(settings.outer_lr, settings.outer_momentum, carried)
 
     def begin_round(self, values: Mapping[str, Tensor]) -> None:
         """Remember the values the round starts from."""
-        self.start = {name: value.clone() for name, value in values.items()}
+        if not self.start:
+            self.start = {name: torch.empty_like(value) for name, value in values.items()}
+        for name, value in values.items():
+            self.start[name].copy_(value)
 
     def meet(
         self,
@@ -175,16 +181,14 @@ class Meetings:
         parcel = self.exchange.pack(values, start)
         finite = parcel.is_finite and all(is_finite(x) for k in kinds.values() for x in k.values())
         attendance = self._attend(tokens, rejected=failed or not finite)
-        results = self.exchange.reduce(parcel, attendance)
-        if self.settings.sends_differences:
-            for piece in results:
-                results[piece] = self._step(piece, results[piece])
+        step = self._step if self.settings.sends_differences else None
+        parcel = self.exchange.reduce(parcel, attendance, step)
         return Meeting(
             attendance,
             self.start,
             self.settings.sends_differences,
-            self.exchange.distribute(results, attendance),
-            {kind: self._mean(contribution, attendance) for kind, contribution in kinds.items()},
+            self.exchange.distribute(parcel, attendance),
+            {kind: self._mean(kind, values, attendance) for kind, values in kinds.items()},
         )
 
     def mean_gradients(
@@ -204,14 +208,12 @@ class Meetings:
 
     def missed(self) -> Meeting:
         """What a rank that does not meet the other sites knows of a meeting: nothing."""
-        return Meeting(Attendance(()), {}, False, Results(self.codec, []), {})
+        return Meeting(Attendance(()), {}, False, Results(self.codec, [], torch.empty(0)), {})
 
     def commit(self) -> None:
         """The site has taken the meeting's results over."""
         self.outer.commit()
         self.exchange.commit()
-        self.exchange.scratch.settle()
-        self.start = {}
 
     def _attend(self, tokens: int, *, rejected: bool) -> Attendance:
         attendance = self.exchange.attend(tokens, rejected=rejected)
@@ -222,15 +224,12 @@ class Meetings:
             )
         return attendance
 
-    def _mean(self, values: Mapping[str, Tensor], attendance: Attendance) -> Results:
-        means = self.exchange.reduce(self.exchange.pack(values), attendance)
+    def _mean(self, kind: str, values: Mapping[str, Tensor], attendance: Attendance) -> Results:
+        means = self.exchange.reduce(self.exchange.pack(values, kind=kind), attendance)
         return self.exchange.distribute(means, attendance)
 
-    def _step(self, piece: Piece, mean: Tensor) -> Tensor:
-        scratch = self.exchange.scratch
-        delta = mean if piece.factor == 1 else mean * piece.factor
-        if self.settings.outer != "nesterov":
-            return scratch.track(delta)  # averaging through a lossy codec: the mean difference
-        step = scratch.track(self.outer.step(piece.key, delta))
-        scratch.track(self.outer.next[piece.key])
-        return step
+    def _step(self, chunk: Chunk, mean: Tensor, work: Tensor) -> None:
+        if chunk.factor != 1:
+            mean.mul_(chunk.factor)
+        if self.settings.outer == "nesterov":  # else averaging through a lossy codec
+            self.outer.step(chunk, mean, work)

@@ -13,12 +13,16 @@ optimizer           AdamW: 8 P for both moments, and 4 for the step count of eve
 round_start         4 P, to form start - now; none with ddp
 outer_momentum      nesterov: 4 O; the momentum is with the owner
 codec_residuals     lossy codecs: 4 P of what was lost on the way up, 4 O on the way down
-exchange_buffers    the most that a meeting allocates, see :class:`_Meeting`
+exchange_buffers    kept from meeting to meeting. What is held, encoded (local_adamw: three times),
+                    first the contributions, then the results; for the other holders of what is
+                    owned, encoded, first theirs, then what they get; and as much as the momentum
+                    and the residuals for their next values
 ==================  ============================================================================
 
+With "int8" and "int4", P and O count whole blocks of 128 elements in the last three.
+
 Left out are activations, what relocating experts takes for a moment, the process itself, and in a
-meeting the temporaries of one piece (a shared piece has at most 2**20 elements; an expert's tensor
-is one).
+meeting the temporaries of one chunk (at most 2**17 elements).
 
 The FoMoE paper counts 18 bytes per parameter held (Appendix, memory model: 2 for a 16-bit weight, 4
 for its master, 8 for the moments, 4 for the gradient), and neither the start of the round nor the
@@ -55,17 +59,20 @@ def site_memory(
     held = sum(group.elements for group in groups)
     rows_of_nobody = _ghosts(model, placement, site) if model.router == "partitioned" else 0
     allocated = held + rows_of_nobody * model.dim
-    owned = sum(group.owned for group in groups)
+    room, owned = sum(group.room for group in groups), sum(group.owned for group in groups)
     keeps_state = not federation.meets_every_step
-    is_lossy = federation.codec != "fp32"
+    momentum = 4 * owned if keeps_state and federation.outer == "nesterov" else 0
+    residuals = 4 * (room + owned) if federation.codec != "fp32" else 0
+    kinds = 3 if keeps_state and federation.outer == "local_adamw" else 1
+    buffers = sum(kinds * group.payload + group.copies for group in groups)
     return {
         "parameters": 4 * allocated,
         "gradients": 4 * allocated,
         "optimizer": 8 * held + 4 * sum(g.tensors for g in groups) if optimizer == "adamw" else 0,
         "round_start": 4 * held if keeps_state else 0,
-        "outer_momentum": 4 * owned if keeps_state and federation.outer == "nesterov" else 0,
-        "codec_residuals": 4 * (sum(g.sent for g in groups) + owned) if is_lossy else 0,
-        "exchange_buffers": _Meeting(federation, groups).peak(),
+        "outer_momentum": momentum,
+        "codec_residuals": residuals,
+        "exchange_buffers": buffers + momentum + residuals,
     }
 
 
@@ -85,98 +92,49 @@ def _ghosts(model: DecoderConfig, placement: Placement, site: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Tensors of a site that have the same contributors, receivers and owner.
+    """``elements`` in ``tensors`` tensors of a site that have the same receivers and owner.
 
-    ``elements`` of all of them, in ``tensors`` tensors; those the site owns, and those it
-    contributes to; the payloads' bytes, as encoded, in both directions.
+    ``room`` counts elements as the exchange lays them out, ``owned`` those of them that the site
+    owns; ``payload`` are the bytes of all, encoded, and ``copies`` those of what is owned for
+    everyone else who holds it.
     """
 
     elements: int
     tensors: int
+    room: int
     owned: int
-    sent: int
-    bytes_up: tuple[int, int]
-    """Sent and received."""
-    bytes_down: tuple[int, int]
-    own_bytes: int
-    """Of the payloads that stay."""
+    payload: int
+    copies: int
 
 
 def _groups(
     model: DecoderConfig, federation: FederationConfig, placement: Placement, site: int
 ) -> Iterator[_Group]:
-    codec, others = federation.codec, placement.sites - 1
+    codec, sites = federation.codec, placement.sites
     sizes = _shared_sizes(model)
-    payload, elements = sum(_encoded(codec, size) for size in sizes), sum(sizes)
-    mine = payload // placement.sites
-    yield _Group(
-        elements, len(sizes), elements // placement.sites, elements,
-        (payload - mine, others * mine), (others * mine, payload - mine), mine,
-    )  # fmt: skip
-    everyone = tuple(range(placement.sites))
+    room, payload = sum(_room(codec, n) for n in sizes), sum(_encoded(codec, n) for n in sizes)
+    copies = payload // sites * (sites - 1)
+    yield _Group(sum(sizes), len(sizes), room, room // sites, payload, copies)
     full = model.router == "full"
     for layer, experts in enumerate(placement.table):
         for expert, holders in enumerate(experts):
             owns = placement.owner(layer, expert) == site
             if site in holders:
-                tensors = _expert_sizes(model) + ([] if full else [model.dim])
-                yield _expert_group(codec, tensors, holders, holders, site, owns)
+                sizes = _expert_sizes(model) + ([] if full else [model.dim])
+                yield _expert_group(codec, sizes, len(holders), owns)
             if full:
-                contributors = holders if federation.router_mean == "holders" else everyone
-                yield _expert_group(codec, [model.dim], contributors, everyone, site, owns)
+                yield _expert_group(codec, [model.dim], sites, owns)
 
 
-def _expert_group(
-    codec: str,
-    sizes: Sequence[int],
-    contributors: Sequence[int],
-    receivers: Sequence[int],
-    site: int,
-    owns: bool,
-) -> _Group:
-    payload, elements = sum(_encoded(codec, size) for size in sizes), sum(sizes)
-    contributes = site in contributors
-    sent = elements if contributes else 0
-    if owns:
-        up, down = (0, (len(contributors) - 1) * payload), ((len(receivers) - 1) * payload, 0)
-        return _Group(elements, len(sizes), elements, sent, up, down, payload)
-    up = (payload if contributes else 0, 0)
-    return _Group(elements, len(sizes), 0, sent, up, (0, payload), 0)
+def _expert_group(codec: str, sizes: Sequence[int], receivers: int, owns: bool) -> _Group:
+    room, payload = sum(_room(codec, n) for n in sizes), sum(_encoded(codec, n) for n in sizes)
+    owned, copies = (room, payload * (receivers - 1)) if owns else (0, 0)
+    return _Group(sum(sizes), len(sizes), room, owned, payload, copies)
 
 
-class _Meeting:
-    """What a meeting allocates, step by step.
-
-    Up: the outbox, the inbox, what stays, and what the codec loses; then, without the outbox, the
-    means of what is owned. Down: means or steps, until they are encoded, what momentum becomes, the
-    outbox, the inbox, what stays, and the codec's losses of both ways. With local_adamw three such
-    exchanges follow each other, the results of which wait for the last.
-    """
-
-    def __init__(self, federation: FederationConfig, groups: Sequence[_Group]) -> None:
-        self.federation = federation
-        self.groups = groups
-
-    def peak(self) -> int:
-        settings, groups = self.federation, self.groups
-        is_lossy = settings.codec != "fp32"
-        owned = 4 * sum(group.owned for group in groups)
-        up = [sum(group.bytes_up[way] for group in groups) for way in (0, 1)]
-        down = [sum(group.bytes_down[way] for group in groups) for way in (0, 1)]
-        stays = sum(group.own_bytes for group in groups)
-        lost_up = 4 * sum(group.sent for group in groups) if is_lossy else 0
-        # As it is, a value stays where it is: only a difference is a new tensor.
-        stays_up = stays if settings.sends_differences else 0
-        keeps_momentum = not settings.meets_every_step and settings.outer == "nesterov"
-        momentum = owned if keeps_momentum else 0
-        on_the_way_up = lost_up + stays_up + up[0] + up[1]
-        averaging = lost_up + up[1] + owned
-        stepping = lost_up + owned + momentum
-        # A step that is lost in part leaves the loss behind, any other is itself what stays.
-        on_the_way_down = stepping + (stays if is_lossy else 0) + down[0] + down[1]
-        averages_moments = not settings.meets_every_step and settings.outer == "local_adamw"
-        waiting = 2 * (owned + down[1]) if averages_moments else 0
-        return waiting + max(on_the_way_up, averaging, stepping, on_the_way_down)
+def _room(codec: str, num_elements: int) -> int:
+    """Elements a tensor takes up in the layout of the exchange."""
+    return num_elements + (-num_elements % _BLOCK if codec in _BLOCK_BYTES else 0)
 
 
 def _encoded(codec: str, num_elements: int) -> int:

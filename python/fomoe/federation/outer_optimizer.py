@@ -5,7 +5,10 @@ The owner of a piece takes the step once and sends the result, so that all holde
 hardware.
 """
 
+import torch
 from torch import Tensor
+
+from fomoe.federation.exchange import Carried, Chunk
 
 __all__ = ["Nesterov"]
 
@@ -17,22 +20,28 @@ class Nesterov:
     The first step is ``1 + mu`` times a plain one, as in torch's SGD. Source: DiLoCo
     (arXiv 2311.08105) Algorithm 1; FoMoE uses lr 0.7, mu 0.9.
 
-    ``momentum`` is by the key of the piece; :meth:`step` leaves it as it is and puts the new value
-    into ``next``, which :meth:`commit` takes over when the meeting has succeeded.
+    ``carried`` has the momentum: what :meth:`step` writes counts when the meeting has succeeded.
     """
 
-    def __init__(self, learning_rate: float, momentum: float) -> None:
+    def __init__(self, learning_rate: float, momentum: float, carried: Carried) -> None:
         self.learning_rate = learning_rate
         self.decay = momentum
-        self.momentum: dict[str, Tensor] = {}
-        self.next: dict[str, Tensor] = {}
+        self.carried = carried
 
-    def step(self, key: str, delta: Tensor) -> Tensor:
-        """The step to subtract, same shape as ``delta``."""
-        previous = self.momentum.get(key)
-        momentum = delta.clone() if previous is None else previous * self.decay + delta
-        self.next[key] = momentum
-        return (delta + momentum * self.decay) * self.learning_rate
+    @property
+    def momentum(self) -> dict[str, Tensor]:
+        """By the key of the piece, flat."""
+        return self.carried.by_piece()
+
+    def step(self, chunk: Chunk, delta: Tensor, work: Tensor) -> None:
+        """Make of ``delta`` the step to subtract; ``work`` is memory of the same size."""
+        # Products and sums are roundings of their own: one call for both might fuse them.
+        previous, momentum = self.carried.before(chunk), self.carried.after(chunk)
+        if previous is None:
+            momentum.copy_(delta)
+        else:
+            torch.mul(previous, self.decay, out=momentum).add_(delta)
+        delta.add_(torch.mul(momentum, self.decay, out=work)).mul_(self.learning_rate)
 
     def commit(self) -> None:
-        self.momentum, self.next = self.momentum | self.next, {}
+        self.carried.commit()

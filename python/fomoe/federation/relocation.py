@@ -64,7 +64,8 @@ def relocate(
     parts = [_content(item, momentum or {}) for group in to for item in group]
     outbox = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
     send, receive = [[sum(map(_num_bytes, group)) for group in groups] for groups in (to, come)]
-    inbox = transport.all_to_all(outbox, send, receive)
+    inbox = torch.empty(sum(receive), dtype=torch.uint8)
+    transport.all_to_all(outbox, send, inbox, receive)
     ledger.sent("moved", sum(send))
     arrivals, offset = Arrivals({}, {}), 0
     for item in (item for group in come for item in group):

@@ -161,8 +161,6 @@ class Site:
         self.failed, self.tokens, self.rejected = False, 0, set()
         if self.round > 0:
             self._move_to(self._placement_of(self.round))
-        # Of this round only: a resumed run knows nothing of the earlier ones.
-        self.meetings.exchange.scratch.peak = 0
         if not self.averages_gradients:
             self.meetings.begin_round(self.values_on_host())
 
@@ -191,7 +189,7 @@ class Site:
     def end_round(self) -> None:
         """Meet the other sites: after this, holders of a tensor hold the same value.
 
-        Everything happens in scratch tensors; the model changes only when all have arrived.
+        The model changes only when everything has arrived.
 
         Raises
         ------

@@ -50,18 +50,17 @@ def memory(site: Site) -> dict[str, int]:
 
 
 def memory_of_the_meeting(site: Site) -> dict[str, int]:
-    """What the round's meetings added, and the peak resident set of the process.
+    """What the meetings need, and the peak resident set of the process.
 
-    ``exchange_buffers`` is the most that buffers, means, steps, and new momenta and losses of
-    the codec took at once; ``outer_momentum`` is that of owned tensors, and
-    ``codec_residuals`` is what the codec lost. Both are lasting.
+    ``exchange_buffers`` is what is kept for the next meeting to write to: buffers, and new
+    momenta and losses of the codec; ``outer_momentum`` is that of owned tensors, and
+    ``codec_residuals`` is what the codec lost.
     """
-    exchange = site.meetings.exchange
-    lost = [*exchange.lost_up.residuals.values(), *exchange.lost_down.residuals.values()]
+    exchange, momentum = site.meetings.exchange, site.meetings.outer.carried
     return {
-        "outer_momentum": tensor_bytes(site.meetings.outer.momentum.values()),
-        "codec_residuals": tensor_bytes(lost),
-        "exchange_buffers": exchange.scratch.peak,
+        "outer_momentum": momentum.num_bytes(),
+        "codec_residuals": exchange.lost_up.num_bytes() + exchange.lost_down.num_bytes(),
+        "exchange_buffers": exchange.num_bytes() + momentum.spare_bytes(),
         "peak_rss": peak_rss(),
         **_peak_on_device(site),
     }

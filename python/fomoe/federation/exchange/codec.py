@@ -10,7 +10,6 @@ FoMoE names compression as future work.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fomoe.errors import UserError
@@ -20,20 +19,30 @@ __all__ = ["Codec", "codec_for"]
 
 
 class Codec(Protocol):
-    """Writes flat tensors as bytes.
+    """Writes flat tensors of ``dtype`` as bytes; a tensor's payload has ``num_bytes`` of its size.
 
-    ``encode`` gives the payload of a tensor, uint8 (``num_bytes`` of its number of elements,), and
-    may return a view; ``decode`` gives the flat tensor of ``num_elements`` that a payload stands
-    for, and may return a view of it.
+    What begins at a multiple of ``alignment`` elements can be decoded by itself.
     """
 
     is_lossy: bool
+    dtype: torch.dtype
+    alignment: int
 
     def num_bytes(self, num_elements: int) -> int: ...
 
-    def encode(self, value: Tensor) -> Tensor: ...
+    def encode(self, value: Tensor, payload: Tensor) -> None:
+        """Write a tensor (n,), which is overwritten, to ``payload``, uint8 (num_bytes(n),).
 
-    def decode(self, payload: Tensor, num_elements: int) -> Tensor: ...
+        n is a multiple of ``alignment``.
+        """
+        ...
+
+    def decode(self, payload: Tensor, into: Tensor, start: int = 0) -> Tensor:
+        """The elements from ``start`` on, as many as ``into`` has.
+
+        In ``into``, or a view of the payload. Both numbers are multiples of ``alignment``.
+        """
+        ...
 
 
 def codec_for(name: str, dtype: torch.dtype) -> Codec:
@@ -61,6 +70,7 @@ def codec_for(name: str, dtype: torch.dtype) -> Codec:
 
 class _Raw:
     is_lossy = False
+    alignment = 1
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -68,34 +78,38 @@ class _Raw:
     def num_bytes(self, num_elements: int) -> int:
         return num_elements * self.dtype.itemsize
 
-    def encode(self, value: Tensor) -> Tensor:
-        return value.view(torch.uint8)
+    def encode(self, value: Tensor, payload: Tensor) -> None:
+        payload.view(self.dtype).copy_(value)
 
-    def decode(self, payload: Tensor, num_elements: int) -> Tensor:
-        return payload.view(self.dtype)
+    def decode(self, payload: Tensor, into: Tensor, start: int = 0) -> Tensor:
+        return payload.view(self.dtype)[start : start + into.numel()]
 
 
 class _BFloat16:
     is_lossy = True
+    alignment = 1
+    dtype = torch.float32
 
     def num_bytes(self, num_elements: int) -> int:
         return 2 * num_elements
 
-    def encode(self, value: Tensor) -> Tensor:
-        return value.to(torch.bfloat16).view(torch.uint8)
+    def encode(self, value: Tensor, payload: Tensor) -> None:
+        payload.view(torch.bfloat16).copy_(value)
 
-    def decode(self, payload: Tensor, num_elements: int) -> Tensor:
-        return payload.view(torch.bfloat16).float()
+    def decode(self, payload: Tensor, into: Tensor, start: int = 0) -> Tensor:
+        return into.copy_(payload.view(torch.bfloat16)[start : start + into.numel()])
 
 
 class _Integers:
     """Blocks of 128 elements, each a float32 scale and integers of -largest..largest.
 
-    Payload of a tensor: its blocks' scales, then its integers, the last block filled up with
-    zeros; those of 4 bits are two to a byte, offset by 8, the first in the lower half.
+    Payload of a tensor: its blocks' scales, then its integers; those of 4 bits are two to a byte,
+    offset by 8, the first in the lower half.
     """
 
     is_lossy = True
+    alignment = BLOCK
+    dtype = torch.float32
 
     def __init__(self, largest: int) -> None:
         self.largest = largest
@@ -104,32 +118,36 @@ class _Integers:
     def num_bytes(self, num_elements: int) -> int:
         return -(-num_elements // BLOCK) * (4 + self.block_bytes)
 
-    def encode(self, value: Tensor) -> Tensor:
-        missing = -value.numel() % BLOCK
-        blocks = F.pad(value, (0, missing)).view(-1, BLOCK) if missing else value.view(-1, BLOCK)
-        scales = blocks.abs().amax(dim=1) / self.largest
+    def encode(self, value: Tensor, payload: Tensor) -> None:
+        blocks = value.view(-1, BLOCK)
+        scales, packed = self._parts(payload, 0, blocks.shape[0])
+        torch.amax(blocks.abs(), dim=1, out=scales)
+        scales /= self.largest
         # A block of zeros, or of numbers so small that their scale is none, becomes zeros.
-        divisors = torch.where(scales > 0, scales, torch.ones(()))
-        integers = (blocks / divisors[:, None]).round_().clamp_(-self.largest, self.largest)
-        packed = self._pack(integers.to(torch.int8))
-        return torch.cat([scales.view(torch.uint8), packed.view(-1)])
-
-    def decode(self, payload: Tensor, num_elements: int) -> Tensor:
-        blocks = -(-num_elements // BLOCK)
-        scales = payload[: 4 * blocks].view(torch.float32)
-        packed = payload[4 * blocks :].view(-1, self.block_bytes)
-        values = self._unpack(packed).float().mul_(scales[:, None])
-        return values.view(-1)[:num_elements]
-
-    def _pack(self, integers: Tensor) -> Tensor:
-        """int8 (blocks, 128) -> uint8 (blocks, block_bytes)."""
+        divisors = torch.where(scales > 0, scales, 1.0)
+        blocks.div_(divisors[:, None]).round_().clamp_(-self.largest, self.largest)
         if self.largest > 7:
-            return integers.view(torch.uint8)
-        offset = (integers + 8).view(torch.uint8)
-        return offset[:, 0::2] | (offset[:, 1::2] << 4)
+            packed.view(torch.int8).copy_(value)
+        else:
+            # Two bytes as one number, first in the lower half: the second's bits move next to it.
+            pairs = value.to(torch.int8).add_(8).view(torch.int16)
+            packed.copy_(pairs | (pairs >> 4))
 
-    def _unpack(self, packed: Tensor) -> Tensor:
+    def decode(self, payload: Tensor, into: Tensor, start: int = 0) -> Tensor:
+        blocks = into.view(-1, BLOCK)
+        scales, packed = self._parts(payload, start // BLOCK, blocks.shape[0])
         if self.largest > 7:
-            return packed.view(torch.int8)
-        pairs = torch.stack([packed & 15, packed >> 4], dim=2)
-        return pairs.reshape(packed.shape[0], BLOCK).view(torch.int8) - 8
+            into.copy_(packed.view(torch.int8))
+        else:
+            pairs = packed.to(torch.int16)
+            into.copy_(
+                ((pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F)).view(torch.int8).sub_(8)
+            )
+        blocks.mul_(scales[:, None])
+        return into
+
+    def _parts(self, payload: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Scales, float32 (count,), and integers, uint8, of ``count`` blocks from the first on."""
+        begin = 4 * (payload.numel() // (4 + self.block_bytes)) + first * self.block_bytes
+        scales = payload[4 * first : 4 * (first + count)].view(torch.float32)
+        return scales, payload[begin : begin + count * self.block_bytes]

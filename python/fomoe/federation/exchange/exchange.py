@@ -11,46 +11,56 @@ times up and ``M - 1`` times down. No site ever receives a tensor of an expert i
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fomoe.federation.exchange.carried import Carried
 from fomoe.federation.exchange.codec import Codec
-from fomoe.federation.exchange.error_feedback import ErrorFeedback
+from fomoe.federation.exchange.layout import Chunk, Layout, Part
 from fomoe.federation.exchange.pieces import Piece
 from fomoe.federation.exchange.results import Results
 from fomoe.federation.exchange.transport import Transport
 from fomoe.federation.ledger import SiteLedger
-from fomoe.federation.memory import Scratch, host_buffer
+from fomoe.federation.memory import host_buffer
 
-__all__ = ["Attendance", "Exchange", "Parcel", "is_finite", "weighted_mean"]
+__all__ = ["Attendance", "Exchange", "Parcel", "Step", "is_finite", "weighted_mean"]
 
 _REJECTED = -1
+
+Step = Callable[[Chunk, Tensor, Tensor], None]
+"""Overwrites the mean of a chunk with what is sent back; the third is memory of the same size."""
 
 
 def is_finite(value: Tensor) -> bool:
     """Whether no element is NaN or infinite."""
-    # The extremes are NaN if an element is: one pass, and no temporary.
-    return value.numel() == 0 or all(
+    # A sum is finite only if all its terms are, and is the fastest to compute; that of large finite
+    # terms may overflow, but then the extremes tell.
+    return math.isfinite(value.sum().item()) or all(
         math.isfinite(extreme.item()) for extreme in torch.aminmax(value)
     )
 
 
-def weighted_mean(values: Iterable[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_mean(
+    values: Iterable[Tensor], weights: Sequence[float], total: Tensor, work: Tensor
+) -> Tensor:
     """``sum(w_i x_i) / sum(w_i)`` in the given order; a single value is copied.
 
     Products and sums are separate roundings and there is one division, so that the result is the
     same on every machine. One value is needed at a time. Source: FoMoE Algorithm 1 (mean over
     holders); weighting by tokens and the order are our choice.
+
+    ``total`` receives the mean and is returned; ``work`` is memory of the same size.
     """
     remaining = iter(values)
     if len(weights) == 1:
-        return next(remaining).clone()
-    total = next(remaining) * weights[0]
+        return total.copy_(next(remaining))
+    torch.mul(next(remaining), weights[0], out=total)
     for value, weight in zip(remaining, weights[1:], strict=True):
-        total += value * weight
+        total.add_(torch.mul(value, weight, out=work))
     return total.div_(sum(weights))
 
 
@@ -64,9 +74,9 @@ class Attendance:
     def rejected(self) -> tuple[int, ...]:
         return tuple(site for site, tokens in enumerate(self.tokens) if tokens is None)
 
-    def contributors(self, piece: Piece) -> list[int]:
-        """Who sends its value of a piece, ascending; may be nobody."""
-        return [site for site in piece.contributors if self.tokens[site] is not None]
+    def contributors(self, chunk: Chunk) -> list[int]:
+        """Who sends its values of a chunk, ascending; may be nobody."""
+        return [site for site in chunk.contributors if self.tokens[site] is not None]
 
     def weights(self, sites: Iterable[int]) -> list[float]:
         return [float(self.tokens[site] or 0) for site in sites]
@@ -74,28 +84,26 @@ class Attendance:
 
 @dataclass(slots=True)
 class Parcel:
-    """What a site sends: ``outbox``, ``send[s]`` bytes of which go to site s, and what ``stays``.
+    """A site's contributions, encoded; the owner's become the results.
 
-    ``is_finite`` says whether all that is in it was finite before it was encoded.
+    ``buffer``, uint8, has a place for all chunks of the site: ``owned`` are the first, ``slots``
+    the others' by owner, of which ``send[s]`` bytes go to site s. ``is_finite`` says whether
+    everything was finite before it was encoded.
     """
 
-    outbox: Tensor
+    buffer: Tensor
+    owned: dict[Chunk, Tensor]
+    slots: dict[tuple[int, Chunk], Tensor]
     send: list[int]
-    stays: dict[Piece, Tensor]
-    bytes_by_class: dict[str, int]
-    is_finite: bool = True
-
-    def empty(self) -> None:
-        """Leave nothing to send, and free the memory."""
-        self.outbox, self.send = torch.empty(0, dtype=torch.uint8), [0] * len(self.send)
-        self.stays, self.bytes_by_class = {}, {}
+    is_finite: bool
 
 
 class Exchange:
     """One site's side of the exchange, for the pieces of the tensors it has.
 
-    All buffers are scratch: a failed exchange leaves the caller's tensors untouched, and what a
-    lossy codec loses counts only from :meth:`commit` on.
+    A failed exchange leaves the caller's tensors untouched, and what a lossy codec loses counts
+    only from :meth:`commit` on. Buffers are kept from meeting to meeting: mapping fresh memory
+    takes longer than sending it.
     """
 
     def __init__(
@@ -106,11 +114,16 @@ class Exchange:
         self.ledger = ledger
         self.codec = codec
         self.site = transport.site
+        self.layout = Layout(pieces, self.site, codec.alignment)
         self.owned = [piece for piece in pieces if piece.owner == self.site]
-        self.scratch = Scratch()
-        """Counts what an exchange allocates, but for the few temporaries of one piece."""
-        self.lost_up = ErrorFeedback()
-        self.lost_down = ErrorFeedback()
+        layout = self.layout
+        self.lost_up = Carried(layout, pieces, layout.num_elements, codec.dtype)
+        self.lost_down = Carried(layout, self.owned, layout.num_owned, codec.dtype)
+        self._buffers: dict[str, Tensor] = {}
+        self._sizes = {chunk: codec.num_bytes(chunk.num_elements) for chunk in layout.chunks}
+        self._owned_bytes = self._num_bytes(layout.owned)
+        largest = max((chunk.num_elements for chunk in layout.chunks), default=0)
+        self._work = torch.empty(3, largest, dtype=codec.dtype)
 
     def attend(self, tokens: int, *, rejected: bool = False) -> Attendance:
         """Tell everyone this site's weight, or that nobody should count its contribution."""
@@ -119,141 +132,176 @@ class Exchange:
         return Attendance(tuple(None if n == _REJECTED else n for (n,) in everyone))
 
     def pack(
-        self, values: Mapping[str, Tensor], start: Mapping[str, Tensor] | None = None
+        self,
+        values: Mapping[str, Tensor],
+        start: Mapping[str, Tensor] | None = None,
+        kind: str = "values",
     ) -> Parcel:
         """This site's contributions, encoded: its values by tensor name, which stay as they are.
 
-        With ``start``, by how much the values are less than at the start.
+        With ``start``, by how much the values are less than at the start. Parcels of one ``kind``
+        share a buffer, and so do their results: the next one overwrites them.
         """
-
+        buffer = self._buffer(kind, self._num_bytes(self.layout.chunks))
+        owned = dict(zip(self.layout.owned, self._cut(buffer, self.layout.owned), strict=True))
+        mine = [chunk for chunk in self.layout.chunks if self.site in chunk.contributors]
+        to = self._by_site(lambda chunk: [chunk.owner], mine)
+        slots, send = self._slots(self._of_others(buffer), to)
         finite = True
+        for chunk in mine:
+            slot = owned[chunk] if chunk.owner == self.site else slots[chunk.owner, chunk]
+            finite = self._contribute(chunk, values, start, slot) and finite
+        return Parcel(buffer, owned, slots, send, finite)
 
-        def content(piece: Piece) -> Tensor:
-            nonlocal finite
-            value = _part(piece, values)
-            if start is not None:
-                value = self.scratch.track(_part(piece, start) - value)
-            finite = finite and is_finite(value)
-            return value
+    def reduce(self, parcel: Parcel, attendance: Attendance, step: Step | None = None) -> Parcel:
+        """Send what :meth:`pack` gave to the owners, if this site counts; then means, as results.
 
-        to = self._by_site(lambda p: [p.owner] if self.site in p.contributors else [])
-        parcel = self._pack(to, content, self.lost_up)
-        parcel.is_finite = finite
-        return parcel
-
-    def reduce(self, parcel: Parcel, attendance: Attendance) -> dict[Piece, Tensor]:
-        """Send what :meth:`pack` gave to the owners, if this site counts, and leave it empty.
-
-        Returns the means of the owned pieces, flat; a piece that nobody contributes to is left out.
+        ``step`` makes of every mean what is to be sent back. Returns the parcel.
         """
         if self.site in attendance.rejected:
             self.lost_up.forget()
-            parcel.empty()
-        payloads = self._travel(parcel, self._by_site(attendance.contributors, self.owned))
-        means = {}
-        for piece in self.owned:  # in the order in which the results will travel
-            sites = attendance.contributors(piece)
+            parcel.slots, parcel.send = {}, [0] * self.transport.sites
+        come = self._by_site(attendance.contributors, self.layout.owned)
+        inbox = self._inbox()
+        received, receive = self._slots(inbox, come)
+        self._travel(self._of_others(parcel.buffer), parcel.send, inbox, receive)
+        self._count(parcel.slots)
+        for chunk, slot in parcel.owned.items():
+            sites = attendance.contributors(chunk)
             if sites:
-                contributions = (
-                    self.codec.decode(payloads.pop((site, piece)), piece.num_elements)
-                    for site in sites
-                )
-                mean = weighted_mean(contributions, attendance.weights(sites))
-                means[piece] = self.scratch.track(mean)
-        return means
+                payloads = (slot if s == self.site else received[s, chunk] for s in sites)
+                total, decoded, work = self._work[:, : chunk.num_elements]
+                values = (self.codec.decode(payload, decoded) for payload in payloads)
+                mean = weighted_mean(values, attendance.weights(sites), total, work)
+                if step is not None:
+                    step(chunk, mean, work)
+                self._encode(chunk, mean, slot, self.lost_down)
+        return parcel
 
-    def distribute(self, results: dict[Piece, Tensor], attendance: Attendance) -> Results:
-        """Send results, by owned piece, to all who hold them; empties ``results``.
+    def distribute(self, parcel: Parcel, attendance: Attendance) -> Results:
+        """Send what :meth:`reduce` gave to all who hold it.
 
         What nobody contributed to is not among the results.
         """
-        wanted = [piece for piece in self.pieces if attendance.contributors(piece)]
-        readers = self._by_site(lambda piece: piece.receivers, list(results))
-        owners = self._by_site(lambda piece: [piece.owner], wanted)
-        payloads = self._travel(self._pack(readers, results.pop, self.lost_down), owners)
-        return Results(self.codec, [(piece, payloads[piece.owner, piece]) for piece in wanted])
+        wanted = [chunk for chunk in self.layout.chunks if attendance.contributors(chunk)]
+        known = [chunk for chunk in wanted if chunk.owner == self.site]
+        outbox, others = self._inbox(), self._of_others(parcel.buffer)
+        slots, send = self._slots(outbox, self._by_site(lambda chunk: chunk.receivers, known))
+        for chunk in known:
+            for site in chunk.receivers:
+                if site != self.site:
+                    slots[site, chunk].copy_(parcel.owned[chunk])
+        received, receive = self._slots(others, self._by_site(lambda c: [c.owner], wanted))
+        self._travel(outbox, send, others, receive)
+        self._count(slots)
+        results = [(chunk, parcel.owned[chunk]) for chunk in known]
+        results += [(chunk, slot) for (_, chunk), slot in received.items()]
+        return Results(self.codec, results, self._work[0])
 
     def commit(self) -> None:
         """The meeting has succeeded: what the codec lost in it is for the next one to send."""
         self.lost_up.commit()
         self.lost_down.commit()
 
-    def _encode(self, piece: Piece, value: Tensor, feedback: ErrorFeedback) -> Tensor:
+    def num_bytes(self) -> int:
+        """Of the buffers, and of the memory for what the codec will lose next."""
+        spare = self.lost_up.spare_bytes() + self.lost_down.spare_bytes()
+        return sum(buffer.nbytes for buffer in self._buffers.values()) + spare
+
+    # ---- one chunk ---------------------------------------------------------------------------
+
+    def _contribute(
+        self,
+        chunk: Chunk,
+        values: Mapping[str, Tensor],
+        start: Mapping[str, Tensor] | None,
+        slot: Tensor,
+    ) -> bool:
+        """Encode this site's values, or differences; returns whether they are finite."""
+        # A codec that loses nothing writes what it gets: that can be put there at once.
+        into = self._work[0, : chunk.num_elements]
+        into = into if self.codec.is_lossy else self.codec.decode(slot, into)
+        if not chunk.is_full:
+            into.zero_()
+        for part in chunk.parts:
+            to = into[part.offset : part.offset + part.stop - part.start]
+            value = _elements(part, values)
+            if start is None:
+                to.copy_(value)
+            else:
+                torch.sub(_elements(part, start), value, out=to)
+        finite = is_finite(into)
+        if self.codec.is_lossy:
+            self._encode(chunk, into, slot, self.lost_up)
+        return finite
+
+    def _encode(self, chunk: Chunk, value: Tensor, slot: Tensor, lost: Carried) -> None:
+        """Encode a value, which is overwritten, and what was lost of it before."""
         if not self.codec.is_lossy:
-            return self.codec.encode(value)
-        meant = feedback.corrected(piece.key, value)
-        payload = self.scratch.track(self.codec.encode(meant))
-        lost = meant - self.codec.decode(payload, piece.num_elements)
-        feedback.lost(piece.key, self.scratch.track(lost))
-        return payload
+            self.codec.encode(value, slot)
+            return
+        before, residual = lost.before(chunk), lost.after(chunk)
+        if before is not None:
+            value.add_(before)
+        residual.copy_(value)
+        self.codec.encode(value, slot)
+        residual.sub_(self.codec.decode(slot, value))
 
     # ---- who sends what to whom --------------------------------------------------------------
 
     def _by_site(
-        self, sites_of: Callable[[Piece], Iterable[int]], pieces: Sequence[Piece] | None = None
-    ) -> list[list[Piece]]:
-        groups: list[list[Piece]] = [[] for _ in range(self.transport.sites)]
-        for piece in self.pieces if pieces is None else pieces:
-            for site in sites_of(piece):
-                groups[site].append(piece)
+        self, sites_of: Callable[[Chunk], Iterable[int]], chunks: Sequence[Chunk]
+    ) -> list[list[Chunk]]:
+        groups: list[list[Chunk]] = [[] for _ in range(self.transport.sites)]
+        for chunk in chunks:
+            for site in sites_of(chunk):
+                groups[site].append(chunk)
         return groups
 
-    def _sizes(self, groups: Sequence[Iterable[Piece]]) -> list[int]:
-        """Encoded bytes of the pieces for, or of, every site but this one."""
-        sizes = [sum(self.codec.num_bytes(p.num_elements) for p in group) for group in groups]
+    def _num_bytes(self, chunks: Iterable[Chunk]) -> int:
+        return sum(self._sizes[chunk] for chunk in chunks)
+
+    def _buffer(self, kind: str, num_bytes: int) -> Tensor:
+        if kind not in self._buffers:
+            self._buffers[kind] = host_buffer(num_bytes)
+        return self._buffers[kind]
+
+    def _inbox(self) -> Tensor:
+        """What comes to the owner, and then what it sends back, which is as much or more."""
+        copies = (self._sizes[c] * (len(c.receivers) - 1) for c in self.layout.owned)
+        return self._buffer("inbox", sum(copies))
+
+    def _of_others(self, buffer: Tensor) -> Tensor:
+        """What of a parcel's buffer is for the chunks this site does not own."""
+        return buffer[self._owned_bytes :]
+
+    def _slots(
+        self, buffer: Tensor, groups: Sequence[Sequence[Chunk]]
+    ) -> tuple[dict[tuple[int, Chunk], Tensor], list[int]]:
+        """Places for groups of chunks by site, all but this one's, and their bytes by site."""
+        sizes = [self._num_bytes(group) for group in groups]
         sizes[self.site] = 0
-        return sizes
+        keys = [(s, chunk) for s, group in enumerate(groups) if s != self.site for chunk in group]
+        parts = self._cut(buffer, [chunk for _, chunk in keys])
+        return dict(zip(keys, parts, strict=True)), sizes
 
-    def _pack(
-        self,
-        to: Sequence[Sequence[Piece]],
-        content: Callable[[Piece], Tensor],
-        feedback: ErrorFeedback,
-    ) -> Parcel:
-        """Encode groups of pieces by site, each piece once, however many sites it goes to."""
-        send = self._sizes(to)
-        outbox = self.scratch.track(host_buffer(sum(send)))
-        slots: dict[Piece, list[Tensor]] = {piece: [] for group in to for piece in group}
-        for site, (group, part) in enumerate(zip(to, torch.split(outbox, send), strict=True)):
-            for piece, slot in self._cut(part, group) if site != self.site else ():
-                slots[piece].append(slot)
-        parcel = Parcel(outbox, send, {}, {})
-        own = set(to[self.site])
-        for piece, copies in slots.items():
-            payload = self._encode(piece, content(piece), feedback)
-            for slot in copies:
-                slot.copy_(payload)
-            if piece in own:
-                parcel.stays[piece] = payload
-            crossing = parcel.bytes_by_class.get(piece.traffic_class, 0)
-            crossing += len(copies) * payload.numel()
-            parcel.bytes_by_class[piece.traffic_class] = crossing
-        return parcel
+    def _cut(self, buffer: Tensor, chunks: Iterable[Chunk]) -> Sequence[Tensor]:
+        """The parts of a buffer that chunks take up, one after the other."""
+        sizes = [self._sizes[chunk] for chunk in chunks]
+        return torch.split(buffer[: sum(sizes)], sizes)
 
-    def _travel(
-        self, parcel: Parcel, come: Sequence[Sequence[Piece]]
-    ) -> dict[tuple[int, Piece], Tensor]:
-        """Send, and receive groups of pieces by site; returns payloads by sender and piece.
+    def _travel(self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]) -> None:
+        self.transport.all_to_all(outbox[: sum(send)], send, inbox[: sum(receive)], receive)
 
-        Leaves the parcel empty.
-        """
-        receive = self._sizes(come)
-        inbox = self.scratch.track(self.transport.all_to_all(parcel.outbox, parcel.send, receive))
-        for traffic_class, num_bytes in parcel.bytes_by_class.items():
+    def _count(self, sent: Iterable[tuple[int, Chunk]]) -> None:
+        total: Counter[str] = Counter()
+        for _, chunk in sent:
+            total[chunk.traffic_class] += self._sizes[chunk]
+        for traffic_class, num_bytes in total.items():
             self.ledger.sent(traffic_class, num_bytes)
-        payloads = {(self.site, piece): payload for piece, payload in parcel.stays.items()}
-        for site, (group, part) in enumerate(zip(come, torch.split(inbox, receive), strict=True)):
-            if site != self.site:
-                payloads |= {(site, piece): slot for piece, slot in self._cut(part, group)}
-        parcel.empty()
-        return payloads
-
-    def _cut(self, buffer: Tensor, group: Sequence[Piece]) -> Iterable[tuple[Piece, Tensor]]:
-        """The parts of a buffer that pieces take up, one after the other."""
-        sizes = [self.codec.num_bytes(piece.num_elements) for piece in group]
-        return zip(group, torch.split(buffer, sizes), strict=True)
 
 
-def _part(piece: Piece, values: Mapping[str, Tensor]) -> Tensor:
-    """A piece of the tensors, given by name, flat."""
-    return values[piece.tensor].reshape(-1)[piece.start : piece.stop]
+def _elements(part: Part, values: Mapping[str, Tensor]) -> Tensor:
+    """A part of the tensors, given by name, flat."""
+    flat = values[part.piece.tensor].reshape(-1)
+    return flat if part.stop - part.start == flat.numel() else flat[part.start : part.stop]

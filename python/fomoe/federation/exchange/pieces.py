@@ -16,10 +16,6 @@ __all__ = ["BLOCK", "Piece", "cut"]
 BLOCK = 128
 """Elements that a lossy codec scales together; no piece begins inside of a block. Our choice."""
 
-_LARGEST_PIECE = 2**20
-"""Elements of a shared tensor that are encoded and summed at once: what a meeting needs beside its
-buffers is a few times this, however large an embedding is, and fits the cache."""
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -110,7 +106,6 @@ def _shards(tensors: Sequence[ModelTensor], everyone: tuple[int, ...]) -> Iterat
             begin = max(bounds[site] - first, 0)
             end = min(bounds[site + 1] - first, count)
             stop = min(end * BLOCK, tensor.num_elements)
-            for start in range(begin * BLOCK, stop, _LARGEST_PIECE):
-                part = min(start + _LARGEST_PIECE, stop)
-                yield Piece(tensor.name, start, part, site, everyone, everyone, "shared")
+            if begin * BLOCK < stop:
+                yield Piece(tensor.name, begin * BLOCK, stop, site, everyone, everyone, "shared")
         first += count

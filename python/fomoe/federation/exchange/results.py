@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.federation.exchange.codec import Codec
-from fomoe.federation.exchange.pieces import Piece
+from fomoe.federation.exchange.layout import Chunk, Part
 
 __all__ = ["Results"]
 
@@ -15,24 +15,32 @@ __all__ = ["Results"]
 class Results:
     """Results by tensor name, as they arrived: decoded only when, and where, they are wanted.
 
+    They are views of the exchange's buffers, and live until its next meeting.
+
     Parameters
     ----------
     codec : Codec
-    payloads : Sequence[tuple[Piece, Tensor]]
-        All pieces of every tensor there is a result of, encoded.
+    payloads : Sequence[tuple[Chunk, Tensor]]
+        All chunks of every tensor there is a result of, encoded.
+    work : Tensor
+        Memory for the elements of any of the chunks, of the codec's dtype.
     """
 
-    def __init__(self, codec: Codec, payloads: Sequence[tuple[Piece, Tensor]]) -> None:
+    def __init__(
+        self, codec: Codec, payloads: Sequence[tuple[Chunk, Tensor]], work: Tensor
+    ) -> None:
         self.codec = codec
-        self._payloads: dict[str, list[tuple[Piece, Tensor]]] = {}
-        for piece, payload in payloads:
-            self._payloads.setdefault(piece.tensor, []).append((piece, payload))
+        self._work = work
+        self._parts: dict[str, list[tuple[Part, Tensor]]] = {}
+        for chunk, payload in payloads:
+            for part in chunk.parts:
+                self._parts.setdefault(part.piece.tensor, []).append((part, payload))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._payloads
+        return name in self._parts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._payloads)
+        return iter(self._parts)
 
     def write(self, name: str, target: Tensor, *, minuend: Tensor | None = None) -> None:
         """Overwrite ``target``, contiguous, on any device, with a result, or ``minuend - result``.
@@ -40,13 +48,15 @@ class Results:
         Both have as many elements as the result.
         """
         flat = target.view(-1)
-        for piece, payload in self._payloads[name]:
-            value = self.codec.decode(payload, piece.num_elements)
-            part = slice(piece.start, piece.stop)
-            with torch.no_grad():
-                if minuend is None:
-                    flat[part].copy_(value)
-                elif flat.device == value.device:
-                    torch.sub(minuend.view(-1)[part], value, out=flat[part])
-                else:
-                    flat[part].copy_(minuend.view(-1)[part] - value)
+        before = None if minuend is None else minuend.view(-1)
+        for part, payload in self._parts[name]:
+            size = part.stop - part.start
+            aligned = size + -size % self.codec.alignment
+            value = self.codec.decode(payload, self._work[:aligned], part.offset)[:size]
+            to = flat[part.start : part.stop]
+            if before is None:
+                to.copy_(value)
+            elif to.device == value.device:
+                torch.sub(before[part.start : part.stop], value, out=to)
+            else:
+                to.copy_(before[part.start : part.stop] - value)

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fomoe.federation.memory import host_buffer
-
 __all__ = ["Bystander", "GroupTransport", "Transport"]
 
 
@@ -26,10 +24,12 @@ class Transport(Protocol):
         """Everyone's values, by site; all give equally many, each in the range of int64."""
         ...
 
-    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Send ``send[s]`` bytes of ``outbox`` to each site s, in order; return what came.
+    def all_to_all(
+        self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]
+    ) -> None:
+        """Send ``send[s]`` bytes of ``outbox`` to each site s, in order; ``inbox`` gets what comes.
 
-        ``outbox`` is uint8 (sum(send),), the result uint8 (sum(receive),), by site.
+        ``outbox`` is uint8 (sum(send),), ``inbox`` uint8 (sum(receive),), by site.
         """
         ...
 
@@ -51,12 +51,12 @@ class GroupTransport:
         self.seconds += time.perf_counter() - begin
         return [theirs.tolist() for theirs in everyone]
 
-    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        inbox = host_buffer(sum(receive))
+    def all_to_all(
+        self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]
+    ) -> None:
         begin = time.perf_counter()
         dist.all_to_all_single(inbox, outbox, receive, send, group=self.group)
         self.seconds += time.perf_counter() - begin
-        return inbox
 
 
 class Bystander:
@@ -70,5 +70,7 @@ class Bystander:
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         raise RuntimeError("only the leader of a site meets the other sites")
 
-    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all(
+        self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]
+    ) -> None:
         raise RuntimeError("only the leader of a site meets the other sites")

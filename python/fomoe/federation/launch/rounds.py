@@ -75,9 +75,11 @@ class WatchedTransport:
         with self._call():
             return self._transport.gather(values)
 
-    def all_to_all(self, outbox: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all(
+        self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]
+    ) -> None:
         with self._call():
-            return self._transport.all_to_all(outbox, send, receive)
+            self._transport.all_to_all(outbox, send, inbox, receive)
 
     @contextmanager
     def _call(self) -> Iterator[None]:
