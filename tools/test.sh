@@ -70,7 +70,9 @@ stage cuda 60 tests tests/cuda
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage bench 60 tests tests/bench
 stage docs 30 tests tests/docs
-stage federation 180 tests tests/federation tests/examples
+# Two files at a time: these tests wait for processes to start, for each other and for timeouts. A
+# file stays whole, for the processes and runs that its tests share.
+stage federation 180 tests -n 2 --dist loadfile tests/federation tests/examples
 
 say "Stage budgets"
 report+=("$(printf '%-12s %4d s of %4d s' total "$spent" "$allowed")")
