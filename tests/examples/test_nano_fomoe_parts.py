@@ -2,23 +2,15 @@
 """The parts of the executable paper, each against values worked by hand."""
 
 import hashlib
-import importlib.util
 import math
 import random
-import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-PATH = Path(__file__).resolve().parents[2] / "examples" / "nano_fomoe.py"
-spec = importlib.util.spec_from_file_location("nano_fomoe_parts", PATH)
-nano = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = nano
-spec.loader.exec_module(nano)
+from nano_example import nano
 
 TINY = nano.Config(dim=32, num_heads=2, num_experts=4, expert_dim=24, top_k=2)
 

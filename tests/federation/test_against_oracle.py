@@ -14,6 +14,7 @@ from in_process import train_in_threads
 from nano_task import NanoTask, batch, joined_pieces, nano, settings
 from test_exactness import assert_equal_to_the_bit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = nano.Config(
     sites=4, overlap=2, rounds=4, local_steps=2, warmup=2, num_experts=8, top_k=2, dim=16,
     expert_dim=12,
@@ -50,14 +51,8 @@ VARIANTS = {
 
 
 def run_both(config, task, batches, folder):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the split of a sum over threads changes its bits
-    try:
-        expected = nano.train(config, batches)
-        sites = train_in_threads(settings(config, folder), task)
-    finally:
-        torch.set_num_threads(threads)
-    return sites, expected
+    expected = nano.train(config, batches)
+    return train_in_threads(settings(config, folder), task), expected
 
 
 def assert_same(config, sites, expected):

@@ -6,7 +6,8 @@ of a file, every call of the transport, every message. What a kill or a power fa
 instant follows from the record (see recorded_disk), so every instant can be tried. Many leave the
 same files, and how a run goes on depends on nothing else: each such set is tried once.
 
-By default a part of all instants is tried; FOMOE_ALL_CRASH_POINTS=1 tries every one.
+By default a part of all instants is tried, among them always those around the steps of a commit;
+FOMOE_ALL_CRASH_POINTS=1 tries every one.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import os
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +26,7 @@ import pytest
 import torch
 from in_process import ThreadTransport, Turns, run_sites
 from nano_task import NanoTask, nano, settings
-from recorded_disk import CRASHES, Disk, Killed, Recorder, Tree, read_tree, write_tree
+from recorded_disk import CRASHES, Change, Disk, Killed, Recorder, Tree, read_tree, write_tree
 from torch.distributed import HashStore
 
 from fomoe.errors import UserError
@@ -206,24 +208,40 @@ class Remains:
     crash: str
     place: tuple[str, str, bool]
     """The last change, whatever round and site, and whether there was a checkpoint."""
+    steps: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)
+    """Steps of a commit, whatever round, that a crash before or after leaves these files."""
 
 
-def remains(recorder: Recorder, before: Tree, announced: str = "") -> Iterator[Remains]:
+def place_of(change: Change | None, announced: str) -> tuple[str, str, bool]:
+    name = re.sub(r"\d+", "N", change.path) if change else ""
+    return change.kind if change else "", name, bool(announced)
+
+
+def is_step_of_a_commit(change: Change | None) -> bool:
+    """Any rename or sync that makes or removes a checkpoint, and the word that there is one."""
+    if change is None or change.path.endswith(".safetensors"):
+        return False
+    is_on_disk = change.kind in ("rename", "sync") and change.path.startswith("run/checkpoints")
+    return is_on_disk or change.path == "announced"
+
+
+def remains(recorder: Recorder, before: Tree, announced: str = "") -> list[Remains]:
     """Every different set of files that a crash may leave."""
-    disk, seen = Disk(before), set()
-    for instant, change in enumerate([None, *recorder.changes]):
+    disk, found = Disk(before), {}
+    for instant, (change, following) in enumerate(pairwise([None, *recorder.changes, None])):
         if change is not None:
             disk.apply(change)
             if change.path == "announced":
                 announced = change.value
+        place = place_of(change, announced)
         for crash in CRASHES:
             tree = disk.left(crash, instant)
             key = frozenset(tree.items()), announced
-            if key not in seen:
-                seen.add(key)
-                name = re.sub(r"\d+", "N", change.path) if change else ""
-                place = (change.kind if change else "", name, bool(announced))
-                yield Remains(tree, announced, instant, crash, place)
+            left = found.setdefault(key, Remains(tree, announced, instant, crash, place))
+            for when, step in (("after", change), ("before", following)):
+                if is_step_of_a_commit(step):
+                    left.steps.add((when, place_of(step, announced), crash))
+    return list(found.values())
 
 
 def check(left: Remains, variant: Variant, expected: dict[str, Any]) -> Recorder:
@@ -242,10 +260,18 @@ def check(left: Remains, variant: Variant, expected: dict[str, Any]) -> Recorder
     return recorder
 
 
-def some(remains: Iterator[Remains], every: int, first: int = 0) -> list[Remains]:
+def around_commits(remains: list[Remains]) -> list[Remains]:
+    """What every crash leaves just before and after every step of a commit, of one round each."""
+    by_step: dict[Any, int] = {}
+    for index, left in enumerate(remains):
+        by_step |= dict.fromkeys(left.steps - by_step.keys(), index)
+    return [remains[index] for index in sorted(set(by_step.values()))]
+
+
+def some(remains: list[Remains], every: int, first: int = 0) -> list[Remains]:
     """One of every place, each time another one of the crashes there; of these every n-th."""
     if ALL:
-        return list(remains)
+        return remains
     by_place: dict[Any, list[Remains]] = {}
     for left in remains:
         by_place.setdefault(left.place, []).append(left)
@@ -257,6 +283,14 @@ def some(remains: Iterator[Remains], every: int, first: int = 0) -> list[Remains
 def test_a_run_killed_at_any_instant_ends_as_if_it_had_not_been(variant):
     whole = undisturbed(variant)
     for left in some(remains(whole.recorder, {}), every=3, first=VARIANTS.index(variant) % 3):
+        check(left, variant, whole.outcome)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:1], ids=str)
+def test_so_does_a_run_killed_around_any_step_of_a_commit(variant):
+    """Its first checkpoint, and one that takes the place of another."""
+    whole = undisturbed(variant)
+    for left in around_commits(remains(whole.recorder, {})):
         check(left, variant, whole.outcome)
 
 

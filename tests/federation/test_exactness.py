@@ -10,6 +10,7 @@ from nano_task import batch, momenta, nano, train_nano, train_sites
 
 from fomoe.nn import named_tensors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = nano.Config(
     sites=4, overlap=2, rounds=3, local_steps=2, warmup=2, num_experts=8, top_k=2, dim=32,
     expert_dim=16,
@@ -18,15 +19,6 @@ SMALL = nano.Config(
 
 def variant(**changes):
     return dataclasses.replace(SMALL, **changes)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the sites have: the split of a sum over threads changes its bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def inner_optimizer(model, config):

@@ -24,6 +24,7 @@ from faulty_task import (
     RaisingTask,
 )
 from nano_task import NanoTask, settings
+from tiny_run import arguments, write_settings
 
 from fomoe.cli import main
 from fomoe.errors import SiteFailed, UserError
@@ -33,22 +34,6 @@ from fomoe.federation.launch.processes import SiteProcesses
 from fomoe.federation.launch.site_process import SiteOrder
 
 HERE = Path(__file__).parent
-TINY = """
-[model]
-name = "tiny"
-[federation]
-strategy = "fomoe"
-sites = 2
-overlap = 1
-local_steps = 2
-rounds = 1
-[training]
-batch_size = 2
-sequence_length = 32
-[data]
-max_bytes = 100000
-validation_sequences = 4
-"""
 
 
 def is_alive(pid: int) -> bool:
@@ -128,12 +113,7 @@ def test_sites_end_when_the_coordinator_is_killed(tmp_path):
 
 def start_in_a_terminal(folder):
     """`fomoe train` as a process group of its own that Ctrl-C reaches."""
-    config = folder / "config.toml"
-    config.write_text(TINY)
-    command = [
-        sys.executable, "-m", "fomoe", "train", "--config", str(config),
-        "federation.rounds=100000", f"run.folder={folder}/run",
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "fomoe", *arguments(folder, "federation.rounds=100000")]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -188,8 +168,7 @@ def test_control_c_while_the_commands_load_is_code_130(monkeypatch):
 
 
 def tiny(folder, *overrides):
-    (folder / "config.toml").write_text(TINY)
-    return load_config(folder / "config.toml", [f"run.folder={folder}/run", *overrides])
+    return load_config(write_settings(folder), [f"run.folder={folder}/run", *overrides])
 
 
 def test_a_full_disk_at_checkpoint_time_is_one_sentence(tmp_path):
@@ -219,9 +198,7 @@ def test_a_text_that_changes_before_the_sites_read_it_is_noticed(tmp_path):
 def test_a_mistake_in_the_settings_is_found_before_any_site_starts(
     setting, sentence, tmp_path, capsys
 ):
-    config = tmp_path / "config.toml"
-    config.write_text(TINY)
-    code = main(["train", "--config", str(config), f"run.folder={tmp_path}/run", setting])
+    code = main(arguments(tmp_path, setting))
     errors = capsys.readouterr().err
     assert code == 2
     assert sentence in errors
@@ -230,11 +207,9 @@ def test_a_mistake_in_the_settings_is_found_before_any_site_starts(
 
 
 def test_a_run_folder_with_a_checkpoint_is_not_overwritten(tmp_path, capsys):
-    config = tmp_path / "config.toml"
-    config.write_text(TINY)
-    arguments = ["train", "--config", str(config), f"run.folder={tmp_path}/run"]
-    assert main(arguments) == 0
-    assert main(arguments) == 2
+    command = arguments(tmp_path)
+    assert main(command) == 0
+    assert main(command) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main([*arguments, "--resume", str(tmp_path / "run"), "optimizer.lr=0.5"]) == 2
+    assert main([*command, "--resume", str(tmp_path / "run"), "optimizer.lr=0.5"]) == 2
     assert "optimizer.lr is 0.5, but the run" in capsys.readouterr().err

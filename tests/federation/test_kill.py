@@ -12,37 +12,15 @@ from contextlib import suppress
 
 import pytest
 from test_crash_points import assert_same, outcome
+from tiny_run import arguments
 
 from fomoe.cli import main
 
-CONFIG = """
-[model]
-name = "tiny"
-[federation]
-strategy = "fomoe"
-sites = 2
-overlap = 1
-local_steps = 2
-rounds = 4
-placement = "random"
-moved_warmup_steps = 3
-codec = "int8"
-[training]
-batch_size = 2
-sequence_length = 32
-threads = 1
-[data]
-max_bytes = 100000
-validation_sequences = 4
-[run]
-checkpoint_every = 1
-keep_checkpoints = 2
-"""
-
-
-def arguments(folder):
-    (folder / "config.toml").write_text(CONFIG)
-    return ["train", "--config", str(folder / "config.toml"), f"run.folder={folder}/run"]
+SETTINGS = (
+    "federation.rounds=4", "federation.placement='random'", "federation.moved_warmup_steps=3",
+    "federation.codec='int8'", "training.threads=1", "run.checkpoint_every=1",
+    "run.keep_checkpoints=2",
+)  # fmt: skip
 
 
 def state_is_written(run):
@@ -64,7 +42,7 @@ def trains_after_experts_have_moved(run):
 def kill_when(is_time, folder):
     """Start a run, and kill it and all processes it has started."""
     with subprocess.Popen(
-        [sys.executable, "-m", "fomoe", *arguments(folder)],
+        [sys.executable, "-m", "fomoe", *arguments(folder, *SETTINGS)],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as run:
@@ -77,7 +55,7 @@ def kill_when(is_time, folder):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert main(arguments(folder)) == 0
+    assert main(arguments(folder, *SETTINGS)) == 0
     return outcome(folder)
 
 
@@ -92,5 +70,5 @@ def expected(tmp_path_factory):
 )
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(is_time, expected, tmp_path):
     kill_when(is_time, tmp_path)
-    assert main([*arguments(tmp_path), "--resume", str(tmp_path / "run")]) == 0
+    assert main([*arguments(tmp_path, *SETTINGS), "--resume", str(tmp_path / "run")]) == 0
     assert_same(outcome(tmp_path), expected)

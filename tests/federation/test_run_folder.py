@@ -6,12 +6,13 @@ import json
 import pytest
 from faulty_task import CONFIG, RaisingTask
 from nano_task import NanoTask, settings
+from recorded_disk import Disk, Recorder
 
 from fomoe.cli import main
 from fomoe.errors import SiteFailed, UserError
 from fomoe.federation.launch import train
 from fomoe.federation.run_folder import RunFolder
-from fomoe.files import JsonLines, write_text
+from fomoe.files import JsonLines, make_folder, write_text
 
 
 def start(folder, task=None, resume=None, save=True):
@@ -94,6 +95,38 @@ def test_a_report_to_a_folder_ends_in_one_sentence(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("fomoe.federation.report.read_runs", lambda folders: [])
     assert main(["report", str(tmp_path), "--output", "."]) == 2
     assert capsys.readouterr().err == "error: cannot write report .: Is a directory\n"
+
+
+def after_a_power_failure(root, work):
+    """The names below ``root`` that are left when the power fails after ``work``."""
+    recorder, disk = Recorder(root), Disk({})
+    with recorder.recording():
+        work()
+    for change in recorder.changes:
+        disk.apply(change)
+    return set(disk.left("nothing unsynced"))
+
+
+def test_the_names_of_new_folders_outlast_a_power_failure(tmp_path):
+    left = after_a_power_failure(tmp_path, lambda: make_folder(tmp_path / "runs" / "first"))
+    assert left == {"runs", "runs/first"}
+
+
+def test_the_name_of_a_run_folder_outlasts_a_power_failure(tmp_path):
+    def work():
+        with RunFolder(tmp_path / "run"):
+            pass
+
+    assert "run" in after_a_power_failure(tmp_path, work)
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_the_name_of_a_file_of_lines_outlasts_a_power_failure(anew, tmp_path):
+    def work():
+        with JsonLines(tmp_path / "lines.jsonl", anew=anew):
+            pass
+
+    assert after_a_power_failure(tmp_path, work) == {"lines.jsonl"}
 
 
 def test_lines_are_on_disk_as_soon_as_they_are_written(tmp_path):

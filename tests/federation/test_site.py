@@ -10,10 +10,11 @@ from in_process import ThreadTransport, run_sites, train_in_threads
 from nano_task import NanoTask, nano, settings
 
 from fomoe.errors import UserError
-from fomoe.federation.config import Config
+from fomoe.federation.config import Config, OptimizerConfig
 from fomoe.federation.inner_optimizer import InnerOptimizer
 from fomoe.federation.placement import placement_of_round
 from fomoe.federation.site import Site
+from fomoe.nn import ModelTensor
 
 SMALL = nano.Config(
     sites=4, overlap=2, rounds=3, local_steps=2, warmup=2, num_experts=8, top_k=2, dim=16,
@@ -118,6 +119,25 @@ def test_the_learning_rate_of_an_expert_that_came_grows_to_the_others(tmp_path):
         groups = site.optimizer._torch.param_groups
         factors.append(next(g["lr"] / 6.0 for g in groups if any(p is value for p in g["params"])))
     assert factors == [pytest.approx(1 / 3), pytest.approx(2 / 3), 1.0, 1.0]
+
+
+def test_a_warm_up_goes_on_where_its_saved_state_was():
+    """By hand, with SGD: steps of 1/4, 2/4, 3/4 and 4/4 of the learning rate, saved after two."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    tensors = [ModelTensor("expert", parameter)]
+    sgd = OptimizerConfig(name="sgd", weight_decay=0.0)
+    optimizer = InnerOptimizer(tensors, sgd, warmup_steps=4)
+    optimizer.warm_up(["expert"])
+    values = []
+    for step in range(4):
+        if step == 2:
+            saved = optimizer.state()
+            optimizer = InnerOptimizer(tensors, sgd, warmup_steps=4)
+            optimizer.load(saved.items())
+        parameter.grad = torch.ones(1)
+        optimizer.step(-4.0)
+        values.append(parameter.item())
+    assert values == [1, 3, 6, 10]
 
 
 def test_a_warm_up_that_has_become_shorter_is_over(tmp_path):

@@ -24,6 +24,7 @@ from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
 from fomoe.federation.launch import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 RANDOM = {"placement": "random", "shuffle_every": 2, "moved_warmup_steps": 4}
 """Experts move at the beginning of the third round, which is too short to warm them up."""
 
@@ -32,14 +33,6 @@ RANDOM = {"placement": "random", "shuffle_every": 2, "moved_warmup_steps": 4}
 def pool():
     with RankPool() as pool:
         yield pool
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def order(parallel="ddp", task=None, until=3, ranks=RANKS, **options):
