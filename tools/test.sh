@@ -72,6 +72,7 @@ stage bench 60 tests tests/bench
 stage docs 30 tests tests/docs
 # Two files at a time: these tests wait for processes to start, for each other and for timeouts. A
 # file stays whole, for the processes and runs that its tests share.
+stage all-to-all 120 tests tests/comm
 stage federation 180 tests -n 2 --dist loadfile tests/federation tests/examples
 
 say "Stage budgets"
