@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from nano_task import json_lines
-from test_failures import TINY
+from tiny_run import SETTINGS
 
 from fomoe.cli import main
 from fomoe.errors import UserError
@@ -31,7 +31,7 @@ from fomoe.models import load_model
 def run(tmp_path_factory):
     """A finished run of two sites that hold half of the experts each."""
     folder = tmp_path_factory.mktemp("run")
-    (folder / "config.toml").write_text(TINY)
+    (folder / "config.toml").write_text(SETTINGS)
     config = str(folder / "config.toml")
     overrides = [f"run.folder={folder}/run", "training.threads=2"]
     assert main(["train", "--config", config, *overrides]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_failures import TINY
+from tiny_run import SETTINGS
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fomoe.cli import main
@@ -34,7 +34,7 @@ def write_tokenizer(folder: Path) -> str:
 
 
 def settings(folder: Path, *overrides: str) -> Config:
-    (folder / "config.toml").write_text(TINY)
+    (folder / "config.toml").write_text(SETTINGS)
     return load_config(folder / "config.toml", ["data.max_bytes=0", *overrides])
 
 
@@ -72,7 +72,7 @@ def test_a_shape_that_does_not_fit_names_its_setting():
 
 
 def test_a_run_on_streams_with_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "config.toml").write_text(TINY.replace("max_bytes = 100000\n", ""))
+    (tmp_path / "config.toml").write_text(SETTINGS.replace("max_bytes = 100000\n", ""))
     overrides = [write(tmp_path), write_tokenizer(tmp_path), "model.vocab_size=305"]
     command = ["train", "--config", f"{tmp_path}/config.toml", f"run.folder={tmp_path}/run"]
     assert main([*command, *overrides]) == 0

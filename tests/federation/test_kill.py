@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 
 import pytest
@@ -48,6 +49,7 @@ def kill_when(is_time, folder):
     ) as run:
         while not is_time(folder / "run"):
             assert run.poll() is None, "it has ended before"
+            time.sleep(0.001)  # or looking would take a core from the run
         os.killpg(run.pid, signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from nano_task import json_lines
-from test_failures import TINY
+from tiny_run import SETTINGS
 
 from fomoe.cli import main
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
@@ -15,7 +15,7 @@ from fomoe.federation.ledger import EXCHANGE_CLASSES
 
 def train(folder, *overrides):
     config = folder / "config.toml"
-    config.write_text(TINY)
+    config.write_text(SETTINGS)
     assert main(["train", "--config", str(config), f"run.folder={folder}/run", *overrides]) == 0
     return folder / "run"
 
