@@ -30,10 +30,11 @@ bench-federation:
 	$(BENCH_ENVIRONMENT) $(PYTHON) bench/federation/round.py --output $(BENCH_RESULTS)/round_4-sites.json
 	$(BENCH_ENVIRONMENT) $(PYTHON) bench/federation/training_step.py --output $(BENCH_RESULTS)/training-step_1-thread.jsonl
 
-# As root: four sites in network namespaces joined by links of 100 Mbit/s and 20 ms.
+# As root: sites in network namespaces joined by links of 100 Mbit/s and 20 ms.
 bench-wan:
 	mkdir -p $(BENCH_RESULTS)
 	$(BENCH_ENVIRONMENT) $(PYTHON) bench/wan/run.py --output $(BENCH_RESULTS)/wan_4-sites.json --plot $(BENCH_RESULTS)/wan_4-sites.svg
+	$(BENCH_ENVIRONMENT) $(PYTHON) bench/wan/all_to_all.py --output $(BENCH_RESULTS)/all-to-all_slow-links.jsonl
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache

@@ -30,6 +30,7 @@ from fomoe.federation.ledger import EXCHANGE_CLASSES
 SITES = 4
 STRATEGIES = {
     "ddp": ["federation.strategy=ddp", f"federation.overlap={SITES}"],
+    "ep": ["federation.strategy=ep", "federation.overlap=1"],
     "diloco": ["federation.strategy=diloco", f"federation.overlap={SITES}"],
     "fomoe": [],
     "fomoe int8": ["federation.codec=int8"],

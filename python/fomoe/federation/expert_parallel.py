@@ -97,10 +97,10 @@ class ExpertParallelism:
             for gradient in gradients.values():
                 gradient *= factor
 
-    def count(self, traffic_class: str) -> None:
-        """Enter what has crossed to other sites since the last call into the ledger."""
+    def count(self) -> None:
+        """Enter the rows that have crossed to other sites since the last call into the ledger."""
         total = sum(exchange.bytes_sent["inter_site"] for exchange in self.exchanges)
-        self.ledger.sent(traffic_class, total - self._counted)
+        self.ledger.sent("activations", total - self._counted)
         self._counted = total
 
     def _gather(self, value: int) -> list[list[int]]:

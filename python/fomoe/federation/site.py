@@ -245,7 +245,7 @@ class Site:
         objective.backward()  # type: ignore[no-untyped-call]
         if self.expert_parallelism is not None:
             self.expert_parallelism.finish_gradients(self.tensors)
-            self.expert_parallelism.count("activations")
+            self.expert_parallelism.count()
         return self.ranks.average(self.model, float(loss.language_model.item()))
 
     def _clip(self) -> None:
@@ -314,7 +314,7 @@ class Site:
         self.model.train()
         self.task.routing(self.model)  # validation does not count in the routing statistics
         if self.expert_parallelism is not None:
-            self.expert_parallelism.count("evaluation")
+            self.expert_parallelism.count()
         return value
 
     def routing(self) -> list[dict[str, Any]]:
