@@ -5,9 +5,9 @@ import multiprocessing
 import os
 import signal
 
+import exchange_ranks
 import numpy as np
 import pytest
-import rank_program
 import torch
 import torch.distributed as dist
 
@@ -18,8 +18,8 @@ from fomoe.nn import initialize
 
 @pytest.fixture(scope="module")
 def found():
-    """By rank, what :func:`rank_program.work` found."""
-    return dict(_results_of(rank_program.work, 4, (), 4))
+    """By rank, what :func:`exchange_ranks.work` found."""
+    return dict(_results_of(exchange_ranks.work, 4, (), 4))
 
 
 def _results_of(program, size, arguments, expected):
@@ -46,7 +46,7 @@ def _results_of(program, size, arguments, expected):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_torch_distributed_and_threads_agree_to_the_bit(found, dtype):
     threads = run_ranks(
-        Topology(rank_program.SITES), lambda transport: rank_program.routed(transport, dtype)
+        Topology(exchange_ranks.SITES), lambda transport: exchange_ranks.routed(transport, dtype)
     )
     for rank, right in enumerate(threads):
         for ours, expected in zip(found[rank][str(dtype)], right, strict=True):
@@ -65,12 +65,12 @@ def test_gradients_are_those_of_one_process_after_clipping(found, how):
 
 
 def _gradients_of_one_process():
-    model = Decoder(rank_program.CONFIG)
+    model = Decoder(exchange_ranks.CONFIG)
     initialize(model, 0)
-    tokens = torch.cat([rank_program.tokens_of(rank) for rank in range(4)])
-    rank_program.loss_of(model, tokens).backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), rank_program.MAX_NORM)
-    assert norm > rank_program.MAX_NORM
+    tokens = torch.cat([exchange_ranks.tokens_of(rank) for rank in range(4)])
+    exchange_ranks.loss_of(model, tokens).backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), exchange_ranks.MAX_NORM)
+    assert norm > exchange_ranks.MAX_NORM
     gradients = {"norm": norm.numpy()}
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -82,7 +82,7 @@ def _gradients_of_one_process():
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_rank_ends_the_others_and_is_named(how):
-    sentences = dict(_results_of(rank_program.lose_rank_2, 3, (how,), 2))
+    sentences = dict(_results_of(exchange_ranks.lose_rank_2, 3, (how,), 2))
     assert sorted(sentences) == [0, 1]
     for sentence in sentences.values():
         assert sentence.startswith("CommunicationError: all-to-all: rank ")
