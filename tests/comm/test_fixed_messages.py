@@ -104,11 +104,11 @@ def test_padding_and_back():
     ids = torch.tensor([[2], [0], [-1], [2]], dtype=torch.int32)
     routing = route(ids, torch.arange(3, dtype=torch.int32), 3)
     rows = torch.tensor([[10.0], [20.0], [30.0], [-1.0]])  # of groups 0, 2, 2, none
-    filler = torch.tensor([7.0])
-    padded = pad(rows, routing, [0, 1, 2], 2, filler)
+    filler, all_groups = torch.tensor([7.0]), torch.arange(3)
+    padded = pad(rows, routing, all_groups, 2, filler)
     assert padded.flatten().tolist() == [10, 7, 7, 7, 20, 30]
-    assert unpad(padded, routing, [0, 1, 2], 2)[:3].equal(rows[:3])
-    without_group_0 = pad(rows, routing, [1, 2], 2, filler)
+    assert unpad(padded, routing, all_groups, 2)[:3].equal(rows[:3])
+    without_group_0 = pad(rows, routing, all_groups[1:], 2, filler)
     assert without_group_0.flatten().tolist() == [7, 7, 20, 30]
 
 

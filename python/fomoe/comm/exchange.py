@@ -105,7 +105,7 @@ class ExpertExchange:
         """Rows with their ids and weights, and counts, since the beginning, by link."""
         self.handle = next(_handles)
         _exchanges[self.handle] = self
-        self._maps: dict[tuple[_Group, torch.device], Tensor] = {}
+        self._constants: dict[tuple[_Group | Stage, torch.device], Tensor] = {}
 
     @property
     def experts(self) -> tuple[int, ...]:
@@ -246,7 +246,8 @@ class ExpertExchange:
         """Rows of bytes along the routing; returns those that arrive."""
         packed = _permute_bytes(message, routing)
         if isinstance(rows, FixedCounts):
-            packed = pad(packed, routing, self._targets(stage), rows.capacity[stage], filler)
+            targets = self._targets(stage, packed.device)
+            packed = pad(packed, routing, targets, rows.capacity[stage], filler)
         sent = rows.sent(stage)
         return self._all_to_all(stage, packed[: sum(sent)], sent, rows.received(stage))
 
@@ -258,7 +259,8 @@ class ExpertExchange:
         back = self._all_to_all(stage, row.pack(parts), rows.received(stage), rows.sent(stage))
         # combine wants a row for every slot, and never reads those without one.
         if isinstance(rows, FixedCounts):
-            all_rows = unpad(back, routing, self._targets(stage), rows.capacity[stage])
+            targets = self._targets(stage, back.device)
+            all_rows = unpad(back, routing, targets, rows.capacity[stage])
         else:
             all_rows = back.new_empty(routing.row_to_slot.shape[0], row.num_bytes)
             all_rows[: back.shape[0]] = back
@@ -289,12 +291,15 @@ class ExpertExchange:
             return FixedCounts(self.topology, self.rank, num_tokens, self.capacity_factor)
         return RowCounts(self.topology, self.rank, counts.tolist())
 
-    def _targets(self, stage: Stage) -> list[int]:
+    def _targets(self, stage: Stage, device: torch.device) -> Tensor:
         """Among the groups of a stage's routing, those that rows are sent to."""
-        here = self.topology.site_of(self.rank)
-        if stage == "intra_node":
-            return list(range(len(self.topology.ranks_of(here))))
-        return [site for site in range(self.topology.num_sites) if site != here]
+        if (stage, device) not in self._constants:
+            here = self.topology.site_of(self.rank)
+            targets = list(range(len(self.topology.ranks_of(here))))
+            if stage == "inter_site":
+                targets = [site for site in range(self.topology.num_sites) if site != here]
+            self._constants[stage, device] = torch.tensor(targets, device=device)
+        return self._constants[stage, device]
 
     def _routing(self, ids: Tensor, group: _Group, num_tokens: int) -> Routing:
         """Rows by group, each with the tokens that have an expert there."""
@@ -318,10 +323,10 @@ class ExpertExchange:
         self.num_drops = number if self.num_drops is None else self.num_drops + number
 
     def _group_of_expert(self, group: _Group, device: torch.device) -> Tensor:
-        if (group, device) not in self._maps:
+        if (group, device) not in self._constants:
             groups = [-1 if owner < 0 else self._group(group, owner) for owner in self.owners]
-            self._maps[group, device] = torch.tensor(groups, dtype=torch.int32, device=device)
-        return self._maps[group, device]
+            self._constants[group, device] = torch.tensor(groups, dtype=torch.int32, device=device)
+        return self._constants[group, device]
 
     def _group(self, group: _Group, owner: int) -> int:
         site, here = self.topology.site_of(owner), self.topology.site_of(self.rank)
