@@ -211,7 +211,7 @@ class ExpertExchange:
         mine = torch.tensor(about, device=x.device)
         everyone = self._gather(torch.cat([mine, to_sites.offsets.diff(), on_ranks.offsets.diff()]))
         self._compare(everyone[:, : len(about)])
-        return everyone[:, len(about) :].contiguous()
+        return everyone[:, len(about) :].clone(memory_format=torch.contiguous_format)
 
     def _gather(self, counts: Tensor) -> Tensor:
         for other in range(self.topology.num_ranks):
