@@ -46,8 +46,10 @@ class Device {
   virtual void release(Event event) noexcept = 0;
 };
 
-/// The current CUDA device. Throws std::runtime_error if this build has no CUDA, or the machine no
-/// device or no driver.
+/// Throws std::runtime_error if this build has no CUDA, or the machine no device or no driver.
+void check_cuda_device();
+
+/// The current CUDA device. Throws like check_cuda_device.
 std::unique_ptr<Device> cuda_device();
 
 }  // namespace fomoe::comm::nccl

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "nccl/device.h"
+#include "comm/nccl/device.h"
 
 namespace fomoe::comm::nccl {
 namespace {
@@ -91,7 +91,7 @@ class CudaDevice final : public Device {
 
 }  // namespace
 
-std::unique_ptr<Device> cuda_device() {
+void check_cuda_device() {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || count == 0) {
@@ -100,6 +100,10 @@ std::unique_ptr<Device> cuda_device() {
         std::string("NCCL: expected a CUDA device and its driver on this machine, got: ") +
         (status == cudaSuccess ? "no device" : cudaGetErrorString(status)));
   }
+}
+
+std::unique_ptr<Device> cuda_device() {
+  check_cuda_device();
   return std::make_unique<CudaDevice>();
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "nccl/groups.h"
+#include "comm/nccl/groups.h"
 
 #include <algorithm>
 #include <numeric>

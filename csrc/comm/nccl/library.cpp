@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "nccl/library.h"
+#include "comm/nccl/library.h"
 
 #include <dlfcn.h>
 

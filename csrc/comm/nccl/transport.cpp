@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "nccl/transport.h"
+#include "comm/nccl/transport.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 #include <sstream>
 #include <utility>
 
-#include "nccl/groups.h"
+#include "comm/nccl/groups.h"
 
 namespace fomoe::comm::nccl {
 namespace {
@@ -28,7 +27,8 @@ NcclTransport::NcclTransport(std::shared_ptr<const Library> library, std::unique
       std::accumulate(world_.ranks_per_site.begin(), world_.ranks_per_site.end(), int64_t{0}));
   Lock lock(mutex_);
   connect(lock);
-  watcher_ = std::thread(&NcclTransport::watch, this);
+  // A std::function, for a thread's own type would be exported under the name of ours.
+  watcher_ = std::thread(std::function<void()>([this] { watch(); }));
 }
 
 NcclTransport::~NcclTransport() {
@@ -75,7 +75,7 @@ void NcclTransport::gather_counts(const int64_t* mine, int64_t count, int64_t* a
   char* const host = static_cast<char*>(scratch.host);
   char* const device = static_cast<char*>(scratch.device);
   const Stream stream = device_->stream();
-  std::memcpy(host, mine, static_cast<size_t>(bytes));
+  std::copy_n(mine, count, reinterpret_cast<int64_t*>(host));
   const auto begin = [&] {
     device_->copy(device, host, bytes, stream);
     return library_->all_gather(device, device + bytes, static_cast<size_t>(count), kInt64, all_,
@@ -84,7 +84,7 @@ void NcclTransport::gather_counts(const int64_t* mine, int64_t count, int64_t* a
   const auto end = [&] { device_->copy(host + bytes, device + bytes, all_bytes, stream); };
   run(lock, kCounts, stream, all_, begin, end);
   drain(lock);
-  std::memcpy(all, host + bytes, static_cast<size_t>(all_bytes));
+  std::copy_n(reinterpret_cast<const int64_t*>(host) + count, count * world_size_, all);
 }
 
 void NcclTransport::all_to_all(Stage stage, const void* send, const int64_t* send_bytes,

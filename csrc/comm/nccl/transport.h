@@ -14,9 +14,9 @@
 #include <thread>
 #include <vector>
 
-#include "nccl/device.h"
-#include "nccl/library.h"
-#include "transport.h"
+#include "comm/nccl/device.h"
+#include "comm/nccl/library.h"
+#include "comm/transport.h"
 
 namespace fomoe::comm::nccl {
 

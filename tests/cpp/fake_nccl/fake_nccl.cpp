@@ -5,16 +5,18 @@
 #include "fake_nccl/fake_nccl.h"
 
 #include <atomic>
+#include <cstdio>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "fake_nccl/stream.h"
-#include "nccl/library.h"
+#include "comm/nccl/library.h"
 
 #ifndef FAKE_NCCL_VERSION
 #define FAKE_NCCL_VERSION 22809
