@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch.ops.fomoe_nccl: the NCCL transport. Not among torch.ops.fomoe, for these are no functions of
-// their arguments: they open a library, join other processes, and exchange with them.
+// torch.ops.fomoe_nccl: the NCCL transport. Not among torch.ops.fomoe, for these are no functions
+// of their arguments: they open a library, join other processes, and exchange with them.
 #include <map>
 #include <mutex>
 #include <utility>
@@ -74,8 +74,8 @@ int64_t nccl_open(const Tensor& path) {
 Tensor nccl_unique_id() {
   UniqueId id;
   const comm::nccl::Result result = opened("")->get_unique_id(&id);
-  check(result == comm::nccl::kSuccess, "fomoe_nccl::unique_id: NCCL said: ",
-        opened("")->get_error_string(result));
+  check(result == comm::nccl::kSuccess,
+        "fomoe_nccl::unique_id: NCCL said: ", opened("")->get_error_string(result));
   Tensor bytes = torch::stable::empty({sizeof(id.bytes)}, ScalarType::Byte);
   std::copy_n(id.bytes, sizeof(id.bytes), values_of<char>(bytes));
   return bytes;
@@ -83,8 +83,8 @@ Tensor nccl_unique_id() {
 
 int64_t nccl_create(const Tensor& unique_id, Counts ranks_per_site, int64_t rank,
                     int64_t timeout_ms, int64_t device_index) {
-  comm::nccl::World world = {std::move(ranks_per_site), static_cast<int>(rank), {},
-                             std::chrono::milliseconds(timeout_ms)};
+  comm::nccl::World world = {
+      std::move(ranks_per_site), static_cast<int>(rank), {}, std::chrono::milliseconds(timeout_ms)};
   check_dtype("nccl_create", "unique_id", unique_id, ScalarType::Byte);
   check_shape("nccl_create", "unique_id", unique_id, {sizeof(world.id.bytes)}, "(128,)");
   check(unique_id.is_cpu(), "fomoe_nccl::create: unique_id must be on the CPU");

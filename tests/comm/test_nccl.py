@@ -20,21 +20,11 @@ extern "C" {
 int ncclGetVersion(int* version) { *version = VERSION; return 0; }
 int ncclGetUniqueId(char* id) { std::memset(id, 7, 128); return 0; }
 """
-OTHERS = [
-    "GetErrorString",
-    "GetLastError",
-    "CommInitRankConfig",
-    "CommSplit",
-    "CommGetAsyncError",
-    "CommFinalize",
-    "CommDestroy",
-    "CommAbort",
-    "GroupStart",
-    "GroupEnd",
-    "Send",
-    "Recv",
-    "AllGather",
-]
+OTHERS = """
+GetErrorString GetLastError CommInitRankConfig CommSplit CommGetAsyncError CommFinalize CommDestroy
+CommAbort GroupStart GroupEnd Send Recv AllGather
+""".split()  # noqa: SIM905
+MISSING = r"NCCL: expected a library to load, got: libnccl\.so\.2: cannot open shared object file"
 
 
 def library(folder, version):
@@ -68,9 +58,9 @@ NO_CUDA = pytest.mark.skipif(
 
 @NO_CUDA
 def test_a_machine_without_nccl_is_told_so():
-    with pytest.raises(RuntimeError, match="NCCL: expected a library to load, got: libnccl.so.2"):
+    with pytest.raises(RuntimeError, match=MISSING):
         NcclTransport.unique_id()
-    with pytest.raises(RuntimeError, match="NCCL: expected a library to load, got: libnccl.so.2"):
+    with pytest.raises(RuntimeError, match=MISSING):
         NcclTransport([1, 1], 0, bytes(128), 1.0)
 
 

@@ -7,12 +7,12 @@
 #include <string>
 #include <thread>
 
-#include "fake_nccl/fake_nccl.h"
-#include "fake_nccl/host_device.h"
-#include "harness.h"
 #include "comm/nccl/groups.h"
 #include "comm/nccl/library.h"
 #include "comm/nccl/transport.h"
+#include "fake_nccl/fake_nccl.h"
+#include "fake_nccl/host_device.h"
+#include "harness.h"
 
 using fomoe::comm::CommunicationError;
 using fomoe::comm::Stage;
@@ -45,10 +45,9 @@ struct Rank {
   Rank(int rank, const Counts& sites, const UniqueId& id, milliseconds timeout)
       : rank(rank),
         sites(sites),
-        transport(std::make_unique<NcclTransport>(Library::open(FAKE_NCCL),
-                                                  std::make_unique<fake::HostDevice>(timeline),
-                                                  fomoe::comm::nccl::World{sites, rank, id,
-                                                                           timeout})) {}
+        transport(std::make_unique<NcclTransport>(
+            Library::open(FAKE_NCCL), std::make_unique<fake::HostDevice>(timeline),
+            fomoe::comm::nccl::World{sites, rank, id, timeout})) {}
 
   Counts gathered(Counts mine) {
     Counts all(mine.size() * transport->world_size(), -1);
@@ -237,7 +236,8 @@ TEST(a_rank_that_does_not_come_ends_the_others) {
   } catch (const CommunicationError& error) {
     message = error.what();
   }
-  CHECK_EQUAL(message, "setup all-to-all of rank 0: the other ranks did not take part within 0.2 s");
+  CHECK_EQUAL(message,
+              "setup all-to-all of rank 0: the other ranks did not take part within 0.2 s");
 }
 
 TEST(a_rank_that_leaves_ends_the_others_with_stage_and_rank) {
@@ -296,16 +296,16 @@ TEST(what_nccl_finds_is_said_and_later_calls_say_it_again) {
     throw std::runtime_error(first);
   });
   CHECK_EQUAL(errors[1], "");
-  CHECK(contains(errors[0], " of rank 0: NCCL said: remote process exited or there was a network "
-                            "error (fake detail)"));
+  CHECK(contains(errors[0],
+                 " of rank 0: NCCL said: remote process exited or there was a network "
+                 "error (fake detail)"));
 }
 
 TEST(what_nccl_refuses_is_an_error_of_the_stage) {
   auto* const refuse = fake_function<decltype(fake_nccl_refuse_groups)>("fake_nccl_refuse_groups");
   refuse(4);
-  const std::vector<std::string> errors = run_ranks({2}, kAmple, [](Rank& self) {
-    self.exchanged(Stage::intra_node, {"a", "b"}, {1, 1});
-  });
+  const std::vector<std::string> errors = run_ranks(
+      {2}, kAmple, [](Rank& self) { self.exchanged(Stage::intra_node, {"a", "b"}, {1, 1}); });
   refuse(0);
   CHECK_EQUAL(errors[0],
               "intra-node all-to-all of rank 0: NCCL said: invalid argument (fake detail)");

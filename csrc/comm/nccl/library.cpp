@@ -43,8 +43,9 @@ template <typename Function>
 void find(void* handle, const char* name, Function*& function) {
   function = reinterpret_cast<Function*>(dlsym(handle, name));
   if (!function) {
-    throw std::runtime_error(std::string("NCCL: expected the loaded library to have the function ") +
-                             name + ", which it lacks");
+    throw std::runtime_error(
+        std::string("NCCL: expected the loaded library to have the function ") + name +
+        ", which it lacks");
   }
 }
 

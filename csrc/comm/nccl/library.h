@@ -56,8 +56,8 @@ struct Config {
 class Library {
  public:
   /// Takes the libnccl.so.2 that is already loaded, else the file `path` unless that is empty, else
-  /// what the loader finds by name. Throws std::runtime_error, in one sentence, if there is none, it
-  /// is older than 2.18, or lacks a function.
+  /// what the loader finds by name. Throws std::runtime_error, in one sentence, if there is none,
+  /// it is older than 2.18, or lacks a function.
   static std::shared_ptr<const Library> open(const std::string& path);
 
   /// As ncclGetVersion writes it: 22809 is 2.28.9.

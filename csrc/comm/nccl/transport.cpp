@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kSetup = "setup";
 constexpr const char* kCounts = "counts";
-constexpr auto kPause = std::chrono::microseconds(50);     // of a caller that waits
+constexpr auto kPause = std::chrono::microseconds(50);      // of a caller that waits
 constexpr auto kWatchPause = std::chrono::milliseconds(5);  // of the thread that watches
 
 }  // namespace
@@ -37,7 +37,8 @@ NcclTransport::~NcclTransport() {
     try {
       drain(lock);
       finalize(lock);
-    } catch (const std::exception&) {  // it has been aborted, and the caller has no use for a reason
+    } catch (
+        const std::exception&) {  // it has been aborted, and the caller has no use for a reason
     }
     closing_ = true;
   }

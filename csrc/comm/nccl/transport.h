@@ -24,7 +24,7 @@ namespace fomoe::comm::nccl {
 struct World {
   std::vector<int64_t> ranks_per_site;
   int rank = 0;
-  UniqueId id = {};                       // from one rank, see Library::get_unique_id
+  UniqueId id = {};  // from one rank, see Library::get_unique_id
   std::chrono::milliseconds timeout = {};
 };
 
@@ -38,11 +38,11 @@ struct World {
 /// not run between the calls in another order on another rank.
 ///
 /// Failure. No call waits for ever. A thread looks at what is under way: an error that NCCL found,
-/// or a timeout, aborts all communicators, which also ends what the device is waiting for. The error
-/// is thrown by the call under way, or by the next one: what an all_to_all received is to be used
-/// only if a later call, or check(), did not throw. The timeout of an operation begins when it is
-/// called and when the one before has ended, the later of the two. Peers of an aborted rank learn of
-/// it from NCCL, or by their own timeouts.
+/// or a timeout, aborts all communicators, which also ends what the device is waiting for. The
+/// error is thrown by the call under way, or by the next one: what an all_to_all received is to be
+/// used only if a later call, or check(), did not throw. The timeout of an operation begins when it
+/// is called and when the one before has ended, the later of the two. Peers of an aborted rank
+/// learn of it from NCCL, or by their own timeouts.
 class NcclTransport final : public Transport {
  public:
   /// Collective. Throws CommunicationError when the others do not come within the timeout,

@@ -15,8 +15,8 @@
 #include <utility>
 #include <vector>
 
-#include "fake_nccl/stream.h"
 #include "comm/nccl/library.h"
+#include "fake_nccl/stream.h"
 
 #ifndef FAKE_NCCL_VERSION
 #define FAKE_NCCL_VERSION 22809
@@ -49,10 +49,10 @@ struct Group {
   int size = 0;
   int arrived = 0;
   int finalized = 0;
-  std::map<std::pair<int, int>, std::deque<Bytes>> mail;  // by sender and receiver
-  std::map<int, std::vector<Member>> splits;              // by their number
+  std::map<std::pair<int, int>, std::deque<Bytes>> mail;        // by sender and receiver
+  std::map<int, std::vector<Member>> splits;                    // by their number
   std::map<std::pair<int, int>, std::shared_ptr<Group>> parts;  // by number and color
-  std::map<int, std::map<int, Bytes>> gathered;           // by their number, by rank
+  std::map<int, std::map<int, Bytes>> gathered;                 // by their number, by rank
 };
 
 std::map<std::string, std::shared_ptr<Group>>& worlds() {
@@ -279,11 +279,13 @@ EXPORTED Result ncclAllGather(const void* mine, void* all, size_t count, int typ
     if (*is_aborted) return true;
     const std::lock_guard lock(mutex);
     std::map<int, Bytes>& given = group->gathered[number];
-    if (!*has_given) given[rank] = Bytes(static_cast<const char*>(mine), static_cast<const char*>(mine) + bytes);
+    if (!*has_given)
+      given[rank] = Bytes(static_cast<const char*>(mine), static_cast<const char*>(mine) + bytes);
     *has_given = true;
     if (static_cast<int>(given.size()) < group->size) return false;
     for (const auto& [from, values] : given) {
-      std::memcpy(static_cast<char*>(all) + static_cast<size_t>(from) * bytes, values.data(), bytes);
+      std::memcpy(static_cast<char*>(all) + static_cast<size_t>(from) * bytes, values.data(),
+                  bytes);
     }
     return true;
   });

@@ -7,8 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "fake_nccl/stream.h"
 #include "comm/nccl/device.h"
+#include "fake_nccl/stream.h"
 
 namespace fake {
 
@@ -35,8 +35,8 @@ class HostDevice final : public fomoe::comm::nccl::Device {
   }
 
   Event record(Stream stream) override {
-    auto* const event = new std::shared_ptr<std::atomic<bool>>(
-        std::make_shared<std::atomic<bool>>(false));
+    auto* const event =
+        new std::shared_ptr<std::atomic<bool>>(std::make_shared<std::atomic<bool>>(false));
     of(stream).enqueue([passed = *event] { return passed->store(true), true; });
     return event;
   }
