@@ -25,21 +25,32 @@ struct Member {
   int32_t device_index;
 };
 
-std::mutex mutex;  // of what follows
-std::shared_ptr<const Library> library;
-std::map<int64_t, Member> members;
-int64_t next_communicator = 1;
+/// What this process has open.
+struct State {
+  std::mutex mutex;
+  std::shared_ptr<const Library> library;
+  std::map<int64_t, Member> members;
+  int64_t next_communicator = 1;
+};
+
+/// Never destroyed: when a process ends, CUDA may be gone before this library.
+State& state() {
+  static auto* const only = new State;
+  return *only;
+}
 
 std::shared_ptr<const Library> opened(const std::string& path) {
-  const std::lock_guard lock(mutex);
-  if (!library) library = Library::open(path);
-  return library;
+  State& here = state();
+  const std::lock_guard lock(here.mutex);
+  if (!here.library) here.library = Library::open(path);
+  return here.library;
 }
 
 Member member_of(const char* op, int64_t communicator) {
-  const std::lock_guard lock(mutex);
-  const auto found = members.find(communicator);
-  check(found != members.end(), "fomoe_nccl::", op,
+  State& here = state();
+  const std::lock_guard lock(here.mutex);
+  const auto found = here.members.find(communicator);
+  check(found != here.members.end(), "fomoe_nccl::", op,
         ": communicator must be one that create returned and destroy did not get, got ",
         communicator);
   return found->second;
@@ -96,9 +107,10 @@ int64_t nccl_create(const Tensor& unique_id, Counts ranks_per_site, int64_t rank
   const torch::stable::accelerator::DeviceGuard guard(index);
   auto transport =
       std::make_shared<NcclTransport>(nccl, comm::nccl::cuda_device(), std::move(world));
-  const std::lock_guard lock(mutex);
-  members[next_communicator] = {std::move(transport), index};
-  return next_communicator++;
+  State& here = state();
+  const std::lock_guard lock(here.mutex);
+  here.members[here.next_communicator] = {std::move(transport), index};
+  return here.next_communicator++;
 }
 
 Counts nccl_group(int64_t communicator, int64_t stage) {
@@ -145,8 +157,8 @@ void nccl_abort(int64_t communicator) { member_of("abort", communicator).transpo
 void nccl_destroy(int64_t communicator) {
   Member member = member_of("destroy", communicator);
   {
-    const std::lock_guard lock(mutex);
-    members.erase(communicator);
+    const std::lock_guard lock(state().mutex);
+    state().members.erase(communicator);
   }
   const torch::stable::accelerator::DeviceGuard guard(member.device_index);
   member.transport.reset();

@@ -97,6 +97,11 @@ def test_a_communicator_that_does_not_exist_is_refused():
             call()
 
 
+def test_a_timeout_that_is_not_positive_is_refused():
+    with pytest.raises(ValueError, match="timeout: expected a positive number of seconds, got 0"):
+        NcclTransport([1, 1], 0, bytes(128), 0)
+
+
 def test_no_schema_has_a_string():
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("fomoe_nccl::")]
     assert len(names) == 9

@@ -33,8 +33,10 @@ class NcclTransport:
 
     Raises
     ------
+    ValueError
+        When the timeout is not positive.
     RuntimeError
-        When there is no NCCL, or one older than 2.18, no CUDA device, or a rank does not come
+        When sites and rank do not fit. When there is no NCCL, or one older than 2.18, no CUDA device, or a rank does not come
         within the timeout; and from any later call when a rank failed or fell silent. All
         communicators are aborted then, and every later call raises the same error. An exchange that
         nobody has waited for may fail afterwards: what it received is to be used only if a later
@@ -44,6 +46,8 @@ class NcclTransport:
     def __init__(
         self, ranks_per_site: Sequence[int], rank: int, unique_id: bytes, timeout: float
     ) -> None:
+        if timeout <= 0:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
         _open_library()
         self._communicator = torch.ops.fomoe_nccl.create(
             torch.frombuffer(bytearray(unique_id), dtype=torch.uint8),
