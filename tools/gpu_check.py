@@ -65,6 +65,7 @@ def stages() -> list[list[Step]]:
     # Tests are small: to hand them between threads takes longest.
     test = ours | {"OMP_NUM_THREADS": "1"}
     cpp = {"uses": ("build c++",)}
+    nccl = [python, "tests/cuda/nccl_ranks.py", "--sites"]
     return [
         [Step("machine", [python, "tools/gpu_check.py", "--machine"], 100)],
         [
@@ -81,6 +82,10 @@ def stages() -> list[list[Step]]:
             Step(f"pytest {name}", _pytest(python, name), 125, ("package",), environment=test)
             for name in sorted(PYTESTS)
         ],
+        *(
+            [Step(f"nccl {sites}", [*nccl, sites], 60, ("package",), environment=ours)]
+            for sites in ("1,1", "2,2", "3,1")
+        ),
         *([_bench(name)] for name in BENCHES),
         [
             Step(
