@@ -2,6 +2,7 @@
 # Every CUDA source, relative to csrc/kernels: once for nvcc, once for the emulation on the CPU.
 set(FOMOE_CUDA_PORTABLE_SOURCES  # sm_80 code and PTX, and code for sm_90a
   combine/combine_cuda.cu
+  destinations/destinations_cuda.cu
   expert_mlp/bias_cuda.cu
   expert_mlp/decode_cuda.cu
   expert_mlp/expert_mlp_cuda.cu

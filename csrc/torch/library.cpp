@@ -18,6 +18,8 @@ STABLE_TORCH_LIBRARY(fomoe, m) {
       "route(Tensor ids, Tensor expert_map, int num_local_experts, SymInt? capacity) "
       "-> (Tensor slot_to_row, Tensor row_to_slot, Tensor offsets)");
 
+  m.def("destinations(Tensor ids, Tensor group_of_expert, int num_groups) -> Tensor");
+
   m.def("permute(Tensor x, Tensor slot_to_row, Tensor row_to_slot, Tensor offsets) -> Tensor");
 
   m.def(

@@ -16,6 +16,7 @@ WITHOUT_PRODUCTS = [
     "topk_gate",
     "topk_gate restricted",
     "route",
+    "destinations",
     "permute",
     "combine",
     "combine without weights",
@@ -28,7 +29,7 @@ WITH_PRODUCTS = [
     "expert_mlp swiglu_clamped",
 ]
 ALL = WITHOUT_PRODUCTS + WITH_PRODUCTS
-DIFFERENTIABLE = [name for name in ALL if name != "route"]
+DIFFERENTIABLE = [name for name in ALL if name not in ("route", "destinations")]
 
 
 def call_of(name: str, sample: Sample, dtype: torch.dtype) -> Call:
@@ -66,6 +67,12 @@ def route(sample: Sample, dtype: torch.dtype, variant: str) -> Call:
     tensors = {"ids": sample.ids(), "expert_map": sample.expert_map()}
     experts = sample.num_local_experts
     return lambda ids, expert_map: ops.route(ids, expert_map, experts, capacity=5), tensors
+
+
+def destinations(sample: Sample, dtype: torch.dtype, variant: str) -> Call:
+    tensors = {"ids": sample.ids(), "group_of_expert": sample.expert_map()}
+    groups = sample.num_local_experts
+    return lambda ids, group_of_expert: ops.destinations(ids, group_of_expert, groups), tensors
 
 
 def permute(sample: Sample, dtype: torch.dtype, variant: str) -> Call:
@@ -111,7 +118,7 @@ def expert_mlp(sample: Sample, dtype: torch.dtype, variant: str) -> Call:
 
 CALLS = {
     function.__name__: function
-    for function in (topk_gate, route, permute, combine, grouped_gemm, expert_mlp)
+    for function in (topk_gate, route, destinations, permute, combine, grouped_gemm, expert_mlp)
 }
 
 

@@ -37,6 +37,10 @@ def route(sample, dtype):
     yield OPS.route, (sample.ids(), sample.expert_map(), sample.num_local_experts, 2)
 
 
+def destinations(sample, dtype):
+    yield OPS.destinations, (sample.ids(), sample.expert_map(), sample.num_local_experts)
+
+
 def permute(sample, dtype):
     yield OPS.permute, (leaf(sample.x(dtype)), *sample.routing())
 
@@ -71,7 +75,7 @@ def expert_mlp(sample, dtype):
     yield OPS.expert_mlp, (*tensors, None, None, *routing, swiglu, False)
 
 
-CALLS = [topk_gate, route, permute, combine, grouped_gemm, expert_mlp]
+CALLS = [topk_gate, route, destinations, permute, combine, grouped_gemm, expert_mlp]
 
 
 @pytest.mark.parametrize("calls", CALLS, ids=lambda calls: calls.__name__)

@@ -2,6 +2,7 @@
 """The kernels: one module per op, each with its wrapper, fake kernel and backward."""
 
 from fomoe.ops.combine import combine
+from fomoe.ops.destinations import destinations
 from fomoe.ops.expert_mlp import expert_mlp
 from fomoe.ops.grouped_gemm import grouped_gemm
 from fomoe.ops.permute import permute
@@ -13,6 +14,7 @@ __all__ = [
     "GateOutput",
     "Routing",
     "combine",
+    "destinations",
     "expert_mlp",
     "grouped_gemm",
     "permute",

@@ -6,10 +6,19 @@ signatures. Products of bf16 values are summed in float32 and rounded once per o
 """
 
 from fomoe.reference.combine import combine
+from fomoe.reference.destinations import destinations
 from fomoe.reference.expert_mlp import expert_mlp
 from fomoe.reference.grouped_gemm import grouped_gemm
 from fomoe.reference.permute import permute
 from fomoe.reference.route import route
 from fomoe.reference.topk_gate import topk_gate
 
-__all__ = ["combine", "expert_mlp", "grouped_gemm", "permute", "route", "topk_gate"]
+__all__ = [
+    "combine",
+    "destinations",
+    "expert_mlp",
+    "grouped_gemm",
+    "permute",
+    "route",
+    "topk_gate",
+]
