@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "all_to_all_plan.h"
 #include "fomoe/device.h"
 #include "fomoe/kernel_path.h"
 
@@ -60,4 +61,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &fomoe::cpu_capability);
   m.def("choose_path", &choose_path);
   m.def("is_decode", &fomoe::is_decode);
+  define_all_to_all_plan(m);
 }

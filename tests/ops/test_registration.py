@@ -32,13 +32,13 @@ def topk_gate(sample, dtype):
     yield OPS.topk_gate_backward, (*gradients, logits.detach(), None, gate.ids, 0, True, False, 1.0)
 
 
-def destinations(sample, dtype):
-    yield OPS.destinations, (sample.ids(), sample.expert_map(), sample.num_local_experts)
-
-
 def route(sample, dtype):
     yield OPS.route, (sample.ids(), sample.expert_map(), sample.num_local_experts, None)
     yield OPS.route, (sample.ids(), sample.expert_map(), sample.num_local_experts, 2)
+
+
+def destinations(sample, dtype):
+    yield OPS.destinations, (sample.ids(), sample.expert_map(), sample.num_local_experts)
 
 
 def permute(sample, dtype):

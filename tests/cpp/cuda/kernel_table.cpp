@@ -13,6 +13,7 @@
 #include "counters.h"
 #include "cuda/on_device.h"
 #include "fomoe/combine.h"
+#include "fomoe/destinations.h"
 #include "fomoe/permute.h"
 #include "fomoe/route.h"
 #include "fomoe/topk_gate.h"
@@ -117,6 +118,13 @@ void add_row_ops(Table& table, const Routing& routing) {
   });
 }
 
+void add_destinations(Table& table) {
+  const on_device::Vector<int32_t> chosen(ids()), groups(iota(E)), result(R);
+  table.add("destinations", 8 * R, [&] {
+    fomoe::cuda::destinations(chosen.data(), T, K, groups.data(), E, E, result.data(), nullptr);
+  });
+}
+
 void add_route(Table& table) {
   const on_device::Vector<int32_t> chosen(ids()), expert_map(iota(E));
   const on_device::Vector<int32_t> slot_to_row(R), row_to_slot(R), offsets(E + 1);
@@ -202,6 +210,7 @@ void add_all(Table& table) {
   const samples::OwnedRouting host(ids(), K, iota(E), E);
   const on_device::Routing owner(host.view);
   add_gate(table);
+  add_destinations(table);
   add_route(table);
   add_row_ops(table, owner.view);
   using namespace fomoe::cuda;
