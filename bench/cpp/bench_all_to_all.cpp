@@ -136,7 +136,7 @@ bench::Json json_of(const Traffic& traffic, const std::vector<double>& seconds) 
 void measure(std::map<std::string, int64_t> options, bool as_json) {
   const std::vector<int> ranks_per_site(options["--sites"],
                                         static_cast<int>(options["--ranks-per-site"]));
-  const int num_ranks = static_cast<int>(options["--sites"] * options["--ranks-per-site"]);
+  const int num_ranks = ranks_per_site.front() * static_cast<int>(ranks_per_site.size());
   std::vector<int> owners;
   for (int64_t e = 0; e < options["--experts"]; ++e) {
     owners.push_back(static_cast<int>(e * num_ranks / options["--experts"]));
