@@ -26,7 +26,7 @@ using std::chrono::milliseconds;
 
 namespace {
 
-constexpr milliseconds kAmple{60'000}, kShort{200};
+constexpr milliseconds kAmple{20'000}, kShort{200};
 
 template <typename Function>
 Function* fake_function(const char* name) {

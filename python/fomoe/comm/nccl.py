@@ -36,11 +36,11 @@ class NcclTransport:
     ValueError
         When the timeout is not positive.
     RuntimeError
-        When sites and rank do not fit. When there is no NCCL, or one older than 2.18, no CUDA device, or a rank does not come
-        within the timeout; and from any later call when a rank failed or fell silent. All
-        communicators are aborted then, and every later call raises the same error. An exchange that
-        nobody has waited for may fail afterwards: what it received is to be used only if a later
-        call, :meth:`check` for example, does not raise.
+        When sites and rank do not fit, there is no NCCL or one older than 2.18, no CUDA device, or
+        a rank does not come within the timeout; and from any later call when a rank failed or fell
+        silent. All communicators are aborted then, and every later call raises the same error. An
+        exchange that nobody has waited for may fail afterwards: what it received is to be used only
+        if a later call, :meth:`check` for example, does not raise.
     """
 
     def __init__(
