@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The hierarchical all-to-all over threads: what arrives, what comes back, and the gradients."""
 
+from collections import Counter
+
 import pytest
 import torch
 from layers import (
@@ -15,6 +17,7 @@ from layers import (
     random_owners,
 )
 
+from fomoe._C import all_to_all_plan
 from fomoe.comm import ExpertExchange, LoopbackTransport, Topology, run_ranks
 
 
@@ -115,3 +118,34 @@ def _inputs(rank, seed, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     weights = torch.rand(num_tokens, TOP_K, generator=source, dtype=torch.float64).to(wide)
     return x, random_ids(num_tokens, seed * 10 + rank), weights
+
+
+@pytest.mark.parametrize("sites", TOPOLOGIES, ids=str)
+def test_bytes_and_rows_are_those_of_the_plan(sites):
+    topology = Topology(sites)
+    for seed in range(3):
+        owners = random_owners(topology, seed, ghosts=True)
+        inputs = [_inputs(rank, seed, torch.float32) for rank in range(topology.num_ranks)]
+
+        def program(transport, owners=owners, inputs=inputs):
+            exchange = ExpertExchange(transport, owners)
+            arrived = exchange.dispatch(*inputs[transport.rank])
+            exchange.combine(arrived.rows, arrived.trip)
+            return arrived, exchange.bytes_sent
+
+        plan = all_to_all_plan(
+            list(sites), owners, [ids.flatten().tolist() for _, ids, _ in inputs],
+            top_k=TOP_K, width=DIM, element_bytes=4, weight_bytes=4,
+        )  # fmt: skip
+        results = run_ranks(topology, program)
+        total = sum((sent for _, sent in results), Counter())
+        steps = plan["hierarchical"]
+        ranks = range(topology.num_ranks)
+        for link in ("local", "intra_node", "inter_site"):
+            # Beside their counts, ranks say in three numbers what their rows are like.
+            pairs = sum(topology.link(a, b) == link for a in ranks for b in ranks if a != b)
+            counts = steps["counts"][link] + 24 * pairs if link != "local" else 0
+            assert total[link] == steps["dispatch"][link] + steps["combine"][link] + counts
+        for (arrived, _), planned in zip(results, plan["ranks"], strict=True):
+            rows = [inputs[source][0][token] for source, token in planned["arrived"]]
+            assert [row.tolist() for row in arrived.rows] == [row.tolist() for row in rows]

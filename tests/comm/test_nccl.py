@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fomoe import _C
+from fomoe.comm import Topology
 from fomoe.comm.nccl import STAGES, NcclTransport
 
 FAKE = """
@@ -40,7 +41,7 @@ def library(folder, version):
 def output_of(code, folder):
     """What a process says that finds libnccl.so.2 in a folder; which one is open is for good."""
     environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-    imports = "from fomoe.comm.nccl import NcclTransport\n"
+    imports = "from fomoe.comm.nccl import NcclTransport, Topology\n"
     return subprocess.run(
         [sys.executable, "-c", imports + code],
         capture_output=True,
@@ -61,7 +62,7 @@ def test_a_machine_without_nccl_is_told_so():
     with pytest.raises(RuntimeError, match=MISSING):
         NcclTransport.unique_id()
     with pytest.raises(RuntimeError, match=MISSING):
-        NcclTransport([1, 1], 0, bytes(128), 1.0)
+        NcclTransport(Topology([1, 1]), 0, bytes(128), 1.0)
 
 
 @NO_CUDA
@@ -72,7 +73,7 @@ def test_an_old_nccl_is_named_with_the_version_needed(tmp_path):
 
 @NO_CUDA
 def test_without_a_driver_or_a_build_for_it_the_error_says_so(tmp_path):
-    code = "print(NcclTransport.unique_id()); NcclTransport([1, 1], 0, bytes(128), 1.0)"
+    code = "print(NcclTransport.unique_id()); NcclTransport(Topology([1, 1]), 0, bytes(128), 1.0)"
     run = output_of(code, library(tmp_path, 22809))
     assert run.stdout.strip() == str(bytes([7] * 128))
     reason = (
@@ -99,7 +100,7 @@ def test_a_communicator_that_does_not_exist_is_refused():
 
 def test_a_timeout_that_is_not_positive_is_refused():
     with pytest.raises(ValueError, match="timeout: expected a positive number of seconds, got 0"):
-        NcclTransport([1, 1], 0, bytes(128), 0)
+        NcclTransport(Topology([1, 1]), 0, bytes(128), 0)
 
 
 def test_no_schema_has_a_string():

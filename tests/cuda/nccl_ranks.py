@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from fomoe.comm import Topology
 from fomoe.comm.nccl import NcclTransport
 
 TIMEOUT = 20.0  # of a call, in seconds; the first ones set up connections
@@ -44,6 +45,7 @@ def content(source: int, destination: int, limit: int) -> torch.Tensor:
 
 def exchange(transport: NcclTransport, rank: int, stage: str, limit: int) -> None:
     group = transport.group(stage)
+    assert group == transport.topology.group(rank, stage)
     payload = torch.cat([content(rank, peer, limit) for peer in group]).cuda()
     send = [length(rank, peer, limit) for peer in group]
     receive = [length(peer, rank, limit) for peer in group]
@@ -67,7 +69,7 @@ def shared_id(folder: Path, rank: int) -> bytes:
 
 def run_rank(sites: list[int], rank: int, folder: Path) -> None:
     torch.cuda.set_device(0)
-    transport = NcclTransport(sites, rank, shared_id(folder, rank), TIMEOUT)
+    transport = NcclTransport(Topology(sites), rank, shared_id(folder, rank), TIMEOUT)
     counts = transport.gather_counts(torch.tensor([rank, 10 * rank]))
     assert counts.tolist() == [[other, 10 * other] for other in range(sum(sites))], counts
     for limit in LARGEST:

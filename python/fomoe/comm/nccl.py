@@ -2,28 +2,32 @@
 """Exchange of bytes between ranks over NCCL, in the two stages of an all-to-all."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fomoe.comm.topology import Stage, Topology
+from fomoe.errors import CommunicationError
+
 __all__ = ["STAGES", "NcclTransport"]
 
-STAGES = {"intra_node": 0, "inter_site": 1}
+STAGES: dict[Stage, int] = {"intra_node": 0, "inter_site": 1}
 """Codes of the stages in torch.ops.fomoe_nccl."""
+_LIBRARY = "nccl/lib/libnccl.so.2"
 
 
 class NcclTransport:
-    """One rank's end of a world, on the current CUDA device.
+    """One rank's end of a world, on the current CUDA device; a :class:`fomoe.comm.Transport`.
 
     Every rank makes the same calls in the same order; on the device they run in this order,
     whatever their streams. Use one rank per process, and from one thread at a time.
 
     Parameters
     ----------
-    ranks_per_site : sequence of int, each at least 1
-        World ranks count through the sites, one after the other.
+    topology : Topology
     rank : int
         World rank of the caller.
     unique_id : bytes, 128
@@ -36,22 +40,26 @@ class NcclTransport:
     ValueError
         When the timeout is not positive.
     RuntimeError
-        When sites and rank do not fit, there is no NCCL or one older than 2.18, no CUDA device, or
-        a rank does not come within the timeout; and from any later call when a rank failed or fell
-        silent. All communicators are aborted then, and every later call raises the same error. An
-        exchange that nobody has waited for may fail afterwards: what it received is to be used only
-        if a later call, :meth:`check` for example, does not raise.
+        When the rank does not fit, there is no NCCL or one older than 2.18, no CUDA device, or a
+        rank does not come within the timeout.
+    CommunicationError
+        From any later call, when a rank failed or fell silent. All communicators are aborted then,
+        and every later call raises the same error. An exchange that nobody has waited for may fail
+        afterwards: what it received is to be used only if a later call, :meth:`check` for example,
+        does not raise.
     """
 
     def __init__(
-        self, ranks_per_site: Sequence[int], rank: int, unique_id: bytes, timeout: float
+        self, topology: Topology, rank: int, unique_id: bytes, timeout: float = 600.0
     ) -> None:
         if timeout <= 0:
             raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
+        self.topology = topology
+        self.rank = rank
         _open_library()
         self._communicator = torch.ops.fomoe_nccl.create(
             torch.frombuffer(bytearray(unique_id), dtype=torch.uint8),
-            list(ranks_per_site),
+            list(topology.ranks_per_site),
             rank,
             round(1000 * timeout),
             torch.cuda.current_device() if torch.cuda.is_available() else 0,
@@ -64,12 +72,9 @@ class NcclTransport:
         _open_library()
         return bytes(torch.ops.fomoe_nccl.unique_id().tolist())
 
-    def group(self, stage: str) -> list[int]:
-        """World ranks, ascending, that this one exchanges with in a stage, itself included.
-
-        stage : "intra_node" | "inter_site"
-        """
-        group: list[int] = torch.ops.fomoe_nccl.group(self._communicator, _code_of(stage))
+    def group(self, stage: Stage) -> list[int]:
+        """The ranks of a stage's communicator: those of ``topology.group(rank, stage)``."""
+        group: list[int] = torch.ops.fomoe_nccl.group(self._communicator, STAGES[stage])
         return group
 
     def gather_counts(self, counts: Tensor) -> Tensor:
@@ -77,11 +82,12 @@ class NcclTransport:
 
         counts : Tensor, (n,), int64, the same n on every rank. Returns (W, n), int64, on the CPU.
         """
-        gathered: Tensor = torch.ops.fomoe_nccl.gather_counts(self._communicator, counts.cpu())
+        with _named():
+            gathered: Tensor = torch.ops.fomoe_nccl.gather_counts(self._communicator, counts.cpu())
         return gathered
 
     def all_to_all(
-        self, stage: str, payload: Tensor, send: list[int], receive: list[int]
+        self, stage: Stage, payload: Tensor, send: list[int], receive: list[int]
     ) -> Tensor:
         """Bytes to and from every rank of the stage's group, on torch's current stream.
 
@@ -98,14 +104,16 @@ class NcclTransport:
         -------
         Tensor, (sum of receive,), uint8, CUDA
         """
-        received: Tensor = torch.ops.fomoe_nccl.all_to_all(
-            self._communicator, _code_of(stage), payload, send, receive
-        )
+        with _named():
+            received: Tensor = torch.ops.fomoe_nccl.all_to_all(
+                self._communicator, STAGES[stage], payload, send, receive
+            )
         return received
 
     def check(self) -> None:
         """Raises if an exchange has failed; does not wait for those under way."""
-        torch.ops.fomoe_nccl.check(self._communicator)
+        with _named():
+            torch.ops.fomoe_nccl.check(self._communicator)
 
     def abort(self) -> None:
         """Ends the calls of this rank with an error, and those of its peers within their timeout.
@@ -118,10 +126,13 @@ class NcclTransport:
         torch.ops.fomoe_nccl.destroy(self._communicator)
 
 
-def _code_of(stage: str) -> int:
-    if stage not in STAGES:
-        raise ValueError(f"stage: expected one of {', '.join(STAGES)}, got {stage!r}")
-    return STAGES[stage]
+@contextmanager
+def _named() -> Iterator[None]:
+    """What the op raises, as the error of every transport."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CommunicationError(str(error)) from error
 
 
 def _open_library() -> None:
@@ -132,6 +143,3 @@ def _open_library() -> None:
     path = bytearray((files or [""])[0].encode())
     empty = torch.empty(0, dtype=torch.uint8)
     torch.ops.fomoe_nccl.open(torch.frombuffer(path, dtype=torch.uint8) if path else empty)
-
-
-_LIBRARY = "nccl/lib/libnccl.so.2"
