@@ -14,8 +14,7 @@ constexpr const char* kOp = "destinations";
 
 /// Checks shapes and allocates; run(dense ids, dense group_of_expert, out).
 template <typename Run>
-Tensor destinations(const Tensor& ids, const Tensor& group_of_expert, int64_t num_groups,
-                    Run run) {
+Tensor destinations(const Tensor& ids, const Tensor& group_of_expert, int64_t num_groups, Run run) {
   check_dtype(kOp, "ids", ids, ScalarType::Int);
   check_dtype(kOp, "group_of_expert", group_of_expert, ScalarType::Int);
   check_shape(kOp, "ids", ids, {-1, -1}, "(T, K)");

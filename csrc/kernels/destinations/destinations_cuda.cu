@@ -37,8 +37,7 @@ void destinations(const int32_t* ids, int64_t num_tokens, int64_t top_k,
                   int32_t* out, Stream stream) {
   const int64_t width = max_destinations(top_k, num_groups);
   if (num_tokens == 0 || width == 0) return;
-  const Choices choices = {ids,   group_of_expert, num_tokens, top_k, num_experts, num_groups,
-                           width};
+  const Choices choices = {ids, group_of_expert, num_tokens, top_k, num_experts, num_groups, width};
   launch({"destinations", ceil_div(num_tokens, kThreads), kThreads}, stream, destinations_kernel,
          choices, out);
 }

@@ -12,6 +12,7 @@ H together.
 """
 
 import itertools
+import time
 import weakref
 from collections import Counter
 from collections.abc import Sequence
@@ -103,6 +104,8 @@ class ExpertExchange:
                 )
         self.bytes_sent: Counter[LinkClass] = Counter()
         """Rows with their ids and weights, and counts, since the beginning, by link."""
+        self.seconds = 0.0
+        """That the host has spent in calls of the transport, waiting for other ranks included."""
         self.handle = next(_handles)
         _exchanges[self.handle] = self
         self._constants: dict[tuple[_Group | Stage, torch.device], Tensor] = {}
@@ -217,7 +220,10 @@ class ExpertExchange:
         for other in range(self.topology.num_ranks):
             if other != self.rank:
                 self._count(self.topology.link(self.rank, other), counts.numel() * 8)
-        return self.transport.gather_counts(counts)
+        begin = time.perf_counter()
+        everyones = self.transport.gather_counts(counts)
+        self.seconds += time.perf_counter() - begin
+        return everyones
 
     def _compare(self, everyones: Tensor) -> None:
         """Refuse rows that differ between ranks, before the first of them is on its way."""
@@ -275,12 +281,14 @@ class ExpertExchange:
             self._count(self.topology.link(self.rank, member), count * width)
         if len(members) == 1:
             return rows
+        begin = time.perf_counter()
         arrived = self.transport.all_to_all(
             stage,
             rows.reshape(-1),
             [count * width for count in send],
             [count * width for count in receive],
         )
+        self.seconds += time.perf_counter() - begin
         return arrived.view(sum(receive), width)
 
     def _count(self, link: LinkClass, num_bytes: int) -> None:

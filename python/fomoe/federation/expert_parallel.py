@@ -103,6 +103,11 @@ class ExpertParallelism:
         self.ledger.sent("activations", total - self._counted)
         self._counted = total
 
+    @property
+    def seconds(self) -> float:
+        """Spent on the way of tokens since the start, waiting for slower sites included."""
+        return sum(exchange.seconds for exchange in self.exchanges)
+
     def _gather(self, value: int) -> list[list[int]]:
         self.ledger.sent("tokens", 8 * (self.transport.sites - 1))
         return self.transport.gather([value])

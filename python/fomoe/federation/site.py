@@ -154,6 +154,12 @@ class Site:
         ]
         return [*everywhere[self.site :: self.transport.sites], *mine]
 
+    @property
+    def exchange_seconds(self) -> float:
+        """Spent in calls to other sites since the start, waiting for slower ones included."""
+        of_tokens = 0.0 if self.expert_parallelism is None else self.expert_parallelism.seconds
+        return self.transport.seconds + of_tokens
+
     # ---- training ---------------------------------------------------------------------------
 
     def begin_round(self) -> None:

@@ -12,7 +12,8 @@ using Ints = std::vector<int32_t>;
 Ints on_gpu(const Ints& ids, int64_t top_k, const Ints& group_of_expert, int64_t num_groups) {
   const int64_t num_tokens = static_cast<int64_t>(ids.size()) / top_k;
   const on_device::Vector<int32_t> device_ids(ids), groups(group_of_expert);
-  const on_device::Vector<int32_t> out(Ints(num_tokens * fomoe::max_destinations(top_k, num_groups), -7));
+  const on_device::Vector<int32_t> out(
+      Ints(num_tokens * fomoe::max_destinations(top_k, num_groups), -7));
   fomoe::cuda::destinations(device_ids.data(), num_tokens, top_k, groups.data(),
                             static_cast<int64_t>(group_of_expert.size()), num_groups, out.data(),
                             nullptr);
@@ -47,8 +48,7 @@ TEST(accepts_no_tokens_and_no_groups) {
 
 TEST(ids_and_groups_out_of_range_count_as_none) {
   constexpr int32_t kLow = -2147483647 - 1, kHigh = 2147483647;
-  CHECK_EQUAL(on_gpu({kHigh, 0, kLow, 2, 1, 3}, 3, {1, kHigh, kLow, 0}, 2),
-              (Ints{1, -1, 0, -1}));
+  CHECK_EQUAL(on_gpu({kHigh, 0, kLow, 2, 1, 3}, 3, {1, kHigh, kLow, 0}, 2), (Ints{1, -1, 0, -1}));
 }
 
 #ifdef FOMOE_EMULATION

@@ -131,7 +131,7 @@ def _is_due(config: Config, index: int) -> tuple[bool, bool]:
 
 def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> dict[str, Any]:
     """Train a round and meet the others; what the coordinator wants to know of it."""
-    begin, exchanged = time.perf_counter(), site.transport.seconds
+    begin, exchanged = time.perf_counter(), site.exchange_seconds
     heartbeat.doing(f"the start of round {index}")
     site.begin_round()
     for _ in range(site.config.federation.local_steps):
@@ -154,7 +154,7 @@ def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> 
         "threads": torch.get_num_threads(),
         "timings": {
             "seconds": timing(time.perf_counter() - begin),
-            "exchange_seconds": timing(site.transport.seconds - exchanged),
+            "exchange_seconds": timing(site.exchange_seconds - exchanged),
             **{name: timing(memory.pop(name)) for name in list(memory) if name.startswith("peak_")},
         },
         "memory": memory,

@@ -7,7 +7,7 @@ __all__ = ["color_of"]
 
 # Okabe and Ito's palette, which colour-blind readers tell apart.
 _COLORS = {"ddp": "#D55E00", "ep": "#CC79A7", "diloco": "#0072B2", "fomoe": "#009E73"}
-_OTHER = "#CC79A7"
+_OTHER = "#64748b"
 
 
 def color_of(run: Run) -> str:
