@@ -52,6 +52,15 @@ class KilledTask(RecordingTask):
         return super().batch(site, step)
 
 
+class KilledExpertParallelTask(LanguageModelTask):
+    """Site 1 is killed in its second step, between two exchanges of tokens."""
+
+    def batch(self, site: int, step: int) -> Tensor:
+        if site == 1 and step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(site, step)
+
+
 class RaisingTask(NanoTask):
     """Site 1 meets an error of the program, by default in its second step."""
 

@@ -18,6 +18,7 @@ from faulty_task import (
     ChangedTextTask,
     DriftingTask,
     FullDiskTask,
+    KilledExpertParallelTask,
     KilledTask,
     KilledWhileEvaluatingTask,
     LocalTask,
@@ -59,6 +60,14 @@ def test_a_killed_site_is_named_and_takes_the_others_with_it(tmp_path):
     assert not wait_until_gone(task.process_ids())
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_site_that_dies_while_tokens_travel_is_named(tmp_path):
+    path = write_settings(tmp_path)
+    overrides = ["federation.strategy=ep", "federation.overlap=1", f"run.folder={tmp_path}/ep"]
+    config = load_config(path, overrides)
+    with pytest.raises(SiteFailed, match=r"site 1 died \(signal SIGKILL\)"):
+        train(config, task=KilledExpertParallelTask(config))
 
 
 def test_the_site_that_failed_is_named_not_those_it_took_down(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Self
 
 import torch.distributed as dist
 
-from fomoe.errors import SiteFailed, UserError
+from fomoe.errors import CommunicationError, SiteFailed, UserError
 from fomoe.federation.config import Config
 from fomoe.federation.launch.coordinator import where_to_go_on
 from fomoe.federation.launch.ending import Ending, Verdict, leave, on_termination
@@ -195,5 +195,7 @@ def _stay_on_the_loopback_interface(host: str) -> None:
 
 def _is_of_a_collective(error: BaseException) -> bool:
     """Whether torch.distributed raised it: then it is mostly an echo of another rank's failure."""
+    if isinstance(error, CommunicationError):
+        return True
     frames: Sequence[traceback.FrameSummary] = traceback.extract_tb(error.__traceback__)
     return any(os.path.join("torch", "distributed", "") in frame.filename for frame in frames)
