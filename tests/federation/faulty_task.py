@@ -53,10 +53,14 @@ class KilledTask(RecordingTask):
 
 
 class KilledExpertParallelTask(LanguageModelTask):
-    """Site 1 is killed in its second step, between two exchanges of tokens."""
+    """Site 1 is killed, by default in its second step, between two exchanges of tokens."""
+
+    def __init__(self, config: Config, step: int = 1) -> None:
+        super().__init__(config)
+        self.step = step
 
     def batch(self, site: int, step: int) -> Tensor:
-        if site == 1 and step == 1:
+        if site == 1 and step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().batch(site, step)
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from faulty_task import (
     CONFIG,
     BadEndTask,
@@ -29,6 +30,7 @@ from tiny_run import arguments, write_settings
 
 from fomoe.cli import main
 from fomoe.errors import SiteFailed, UserError
+from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
 from fomoe.federation.config import load_config
 from fomoe.federation.launch import train
 from fomoe.federation.launch.processes import SiteProcesses
@@ -68,6 +70,27 @@ def test_a_site_that_dies_while_tokens_travel_is_named(tmp_path):
     config = load_config(path, overrides)
     with pytest.raises(SiteFailed, match=r"site 1 died \(signal SIGKILL\)"):
         train(config, task=KilledExpertParallelTask(config))
+
+
+def test_a_killed_run_that_exchanges_tokens_goes_on_to_the_same_bits(tmp_path):
+    path = write_settings(tmp_path)
+
+    def config(name):
+        overrides = ["strategy=ep", "overlap=1", "rounds=2"]
+        saving = [f"run.folder={tmp_path / name}", "run.checkpoint_every=1"]
+        return load_config(path, [*(f"federation.{o}" for o in overrides), *saving])
+
+    train(config("whole"))
+    killed = config("killed")
+    with pytest.raises(SiteFailed):
+        train(killed, task=KilledExpertParallelTask(killed, step=3))
+    train(killed, resume=tmp_path / "killed")
+    whole, resumed = (Checkpoint(find_checkpoint(tmp_path / n)) for n in ("whole", "killed"))
+    assert whole.position.step == 4
+    expected, values = whole.model(), resumed.model()
+    assert expected.keys() == values.keys()
+    for name, value in expected.items():
+        assert torch.equal(values[name], value), name
 
 
 def test_the_site_that_failed_is_named_not_those_it_took_down(tmp_path):
