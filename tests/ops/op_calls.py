@@ -32,6 +32,13 @@ ALL = WITHOUT_PRODUCTS + WITH_PRODUCTS
 DIFFERENTIABLE = [name for name in ALL if name not in ("route", "destinations")]
 
 
+def kernels() -> set[str]:
+    """Names of the ops that are kernels: all but those of the all-to-all, which are made of them."""
+    names = torch._C._dispatch_get_all_op_names()
+    ours = {name.removeprefix("fomoe::") for name in names if name.startswith("fomoe::")}
+    return {name for name in ours if not name.startswith("all_to_all_")}
+
+
 def call_of(name: str, sample: Sample, dtype: torch.dtype) -> Call:
     """A function of named tensors, and the tensors."""
     op, _, variant = name.partition(" ")
