@@ -38,7 +38,7 @@ def test_good_numbers_hold_every_claim():
 def test_each_claim_can_fail_by_itself():
     for index, (strategy, key, value) in enumerate(
         [
-            ("ddp", "loss", 2.5),
+            ("diloco", "loss", 2.5),
             ("ddp", "shared", 4001),
             ("ep", "loss", 1.92),
             ("fomoe", "shared", 400),

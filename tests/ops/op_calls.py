@@ -33,7 +33,7 @@ DIFFERENTIABLE = [name for name in ALL if name not in ("route", "destinations")]
 
 
 def kernels() -> set[str]:
-    """Names of the ops that are kernels: all but those of the all-to-all, which are made of them."""
+    """Names of the ops but those of the all-to-all, which are made of the others."""
     names = torch._C._dispatch_get_all_op_names()
     ours = {name.removeprefix("fomoe::") for name in names if name.startswith("fomoe::")}
     return {name for name in ours if not name.startswith("all_to_all_")}
