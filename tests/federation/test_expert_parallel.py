@@ -93,7 +93,7 @@ def test_the_ledger_has_the_rows_both_ways():
     )
     assert totals["shared"] == steps * formula["shared"]
     assert totals["router"] == steps * formula["router"]
-    assert totals.get("expert", 0) == 0
+    assert totals["expert"] == 0
 
 
 def test_a_task_without_such_a_model_is_refused():

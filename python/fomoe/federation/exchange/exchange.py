@@ -11,7 +11,6 @@ times up and ``M - 1`` times down. No site ever receives a tensor of an expert i
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -294,7 +293,8 @@ class Exchange:
         self.transport.all_to_all(outbox[: sum(send)], send, inbox[: sum(receive)], receive)
 
     def _count(self, sent: Iterable[tuple[int, Chunk]]) -> None:
-        total: Counter[str] = Counter()
+        # Of what a site holds alone, nothing is sent, and the ledger says so.
+        total = dict.fromkeys((chunk.traffic_class for chunk in self.layout.chunks), 0)
         for _, chunk in sent:
             total[chunk.traffic_class] += self._sizes[chunk]
         for traffic_class, num_bytes in total.items():
