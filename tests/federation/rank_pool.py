@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from in_process import run_sites
 from torch import Tensor, nn
 
+from fomoe.comm import C10dTransport, ExpertExchange, Topology
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, FileRecord, Manifest, Totals, commit
 from fomoe.federation.config import Config
@@ -62,6 +63,11 @@ class DecoderTask:
 
     def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
         model = Decoder(self.model_config, residents)
+        initialize(model, seed=0)
+        return model.to(self.dtype)
+
+    def build_expert_parallel_model(self, exchanges: Sequence[ExpertExchange]) -> nn.Module:
+        model = Decoder(self.model_config, exchanges=exchanges)
         initialize(model, seed=0)
         return model.to(self.dtype)
 
@@ -219,7 +225,10 @@ def _train_as(membership: Membership, order: Order) -> Report:
     transport: Transport = Bystander(membership.site, SITES)
     if membership.leaders is not None:
         transport = GroupTransport(membership.leaders)
-    return train(order, transport, RankGroup(membership.inside, sharded=sharded))
+    tokens = None
+    if order.config.federation.spread_experts:
+        tokens = C10dTransport(Topology([RANKS]), group=membership.inside)
+    return train(order, transport, RankGroup(membership.inside, sharded=sharded, tokens=tokens))
 
 
 class RankPool:

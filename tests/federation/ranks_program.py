@@ -18,5 +18,5 @@ def configuration(folder: str, **federation: object) -> Config:
 
 if __name__ == "__main__":
     folder, parallel = sys.argv[1:]
-    config = configuration(folder, ranks_per_site=RANKS, parallel=parallel)
+    config = configuration(folder, ranks_per_site=RANKS, parallel=parallel, spread_experts=True)
     train(config, task=DecoderTask(torch.float64))

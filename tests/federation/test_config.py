@@ -251,6 +251,19 @@ def test_one_wrong_override_is_named_with_what_was_expected(
             "with 'cuda' every rank gets one of its own",
         ),
         (
+            ["federation.spread_experts=true"],
+            "federation.spread_experts = True needs federation.ranks_per_site of at least 2, got 1",
+        ),
+        (
+            [
+                "federation.spread_experts=true",
+                "federation.ranks_per_site=2",
+                "model.capacity_factor=1.5",
+            ],
+            "model.capacity_factor = 1.5 must be 0 where tokens travel to experts of other ranks: "
+            "only the tokens of all ranks together could fill one",
+        ),
+        (
             ["federation.ranks_per_site=3"],
             "training.batch_size = 8, the sequences of a site, is not divisible by "
             "federation.ranks_per_site = 3",

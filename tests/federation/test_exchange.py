@@ -216,9 +216,9 @@ def test_moving_experts_take_their_weights_and_momentum_to_their_new_places():
             for piece in cut(before, old)
             if piece.owner == site and piece.traffic_class != "shared"
         }
-        arrivals = relocate(
-            (before, old), (tensors_of(site, new), new), momentum, transport, ledger
-        )
+        values = {tensor.name: tensor.value for tensor in before}
+        after = tensors_of(site, new), new
+        arrivals = relocate((before, old), after, values, momentum, transport, ledger)
         return arrivals, ledger.close_round()["moved"]
 
     results = run_sites(SITES, work)

@@ -64,20 +64,24 @@ class Transport(Protocol):
 
 
 class C10dTransport:
-    """Groups of torch.distributed, made here; all ranks of the default group do so together.
+    """Groups of torch.distributed: made here, by all of its ranks together, or a given one.
 
     Parameters
     ----------
     topology : Topology
+        Of one site if a group is given.
     backend : "gloo" | "nccl"
         gloo takes tensors of any device, those of a GPU by way of host memory; NCCL those of GPUs.
     timeout : float
-        Seconds after which a call gives up on the others.
+        Seconds after which a call gives up on the others; a given group has its own.
+    group : dist.ProcessGroup, optional
+        The ranks that tokens travel between, which are numbered as in it. All ranks of
+        torch.distributed by default.
 
     Raises
     ------
     ValueError
-        The topology has another number of ranks than torch.distributed.
+        The topology has another number of ranks, or several sites in a given group.
     """
 
     def __init__(
@@ -85,26 +89,34 @@ class C10dTransport:
         topology: Topology,
         backend: Literal["gloo", "nccl"] = "gloo",
         timeout: float = 600.0,
+        group: dist.ProcessGroup | None = None,
     ) -> None:
         self.topology = topology
         self._on_host = backend == "gloo"
-        self.rank = dist.get_rank()
-        if dist.get_world_size() != topology.num_ranks:
+        self.rank = dist.get_rank(group)
+        if dist.get_world_size(group) != topology.num_ranks:
             raise ValueError(
-                f"ranks_per_site: expected {dist.get_world_size()} ranks, as many as "
+                f"ranks_per_site: expected {dist.get_world_size(group)} ranks, as many as "
                 f"torch.distributed has, got {topology.num_ranks}"
             )
-        self._roll = _RollCall(self.rank)
+        self._roll = _RollCall(self.rank, group)
+        self._groups: dict[Stage, dist.ProcessGroup] = {}
+        if group is not None:
+            if topology.num_sites != 1:
+                raise ValueError(
+                    f"ranks_per_site: expected one site in a group, got {topology.num_sites}"
+                )
+            self._world, self._groups["intra_node"] = group, group
+            return
         limit = datetime.timedelta(seconds=timeout)
         self._world = dist.new_group(timeout=limit, backend=backend)
-        self._groups: dict[Stage, dist.ProcessGroup] = {}
         # Every rank has to take part in making every group, in one order.
         for stage in _STAGES:
             ranks = range(topology.num_ranks)
             for members in sorted({tuple(topology.group(rank, stage)) for rank in ranks}):
-                group = dist.new_group(list(members), timeout=limit, backend=backend)
+                made = dist.new_group(list(members), timeout=limit, backend=backend)
                 if self.rank in members:
-                    self._groups[stage] = group
+                    self._groups[stage] = made
 
     def gather_counts(self, counts: Tensor) -> Tensor:
         counts = counts.cpu() if self._on_host else counts
@@ -118,6 +130,8 @@ class C10dTransport:
     def all_to_all(
         self, stage: Stage, payload: Tensor, send: list[int], receive: list[int]
     ) -> Tensor:
+        if stage not in self._groups:  # of a single site
+            return payload
         device = payload.device
         payload = payload.cpu() if self._on_host else payload
         arrived = payload.new_empty(sum(receive))
@@ -132,11 +146,13 @@ class C10dTransport:
 class _RollCall:
     """After a failed call: who else is still here to say so."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, group: dist.ProcessGroup | None) -> None:
         self.rank = rank
         # The store that torch.distributed began with. Older attempts have left names in it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.store = PrefixStore(f"fomoe all-to-all {attempt}", _get_default_store())
+        ranks = [] if group is None else dist.get_process_group_ranks(group)
+        name = " ".join(["fomoe all-to-all", attempt, *map(str, ranks)])
+        self.store = PrefixStore(name, _get_default_store())
 
     def call(self, what: str, members: Sequence[int], error: Exception) -> CommunicationError:
         """What to raise: the sentence of whoever knew first."""

@@ -20,7 +20,24 @@ from fomoe.federation.placement import Placement
 from fomoe.federation.task import ExpertParallelTask, Task
 from fomoe.nn import ModelTensor
 
-__all__ = ["ExpertParallelism"]
+__all__ = ["ExpertParallelism", "expert_parallel_model"]
+
+
+def expert_parallel_model(
+    task: Task, exchanges: Sequence[ExpertExchange], setting: str
+) -> nn.Module:
+    """The task's model with an exchange per layer, which ``setting`` asks for.
+
+    Raises
+    ------
+    UserError
+        The task has no such model.
+    """
+    if not isinstance(task, ExpertParallelTask):
+        raise UserError(
+            f"{setting} needs a task with build_expert_parallel_model, got {type(task).__name__}"
+        )
+    return task.build_expert_parallel_model(exchanges)
 
 
 class ExpertParallelism:
@@ -51,16 +68,11 @@ class ExpertParallelism:
         UserError
             The task has no such model.
         """
-        if not isinstance(task, ExpertParallelTask):
-            raise UserError(
-                "federation.strategy = 'ep' needs a task with build_expert_parallel_model, "
-                f"got {type(task).__name__}"
-            )
         self.exchanges = [
             ExpertExchange(self.tokens, [holders[0] for holders in layer])
             for layer in placement.table
         ]
-        return task.build_expert_parallel_model(self.exchanges)
+        return expert_parallel_model(task, self.exchanges, "federation.strategy = 'ep'")
 
     def objective(self, loss: Tensor, num_tokens: int) -> Tensor:
         """The site's share of the mean loss over all tokens, times the number of sites."""

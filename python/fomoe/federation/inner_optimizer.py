@@ -8,7 +8,7 @@ placement; the length of the warm-up is our choice).
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -109,14 +109,15 @@ class InnerOptimizer:
             saved |= {f"{k}/{name}": self._seen_as(name, state[k]) for k in MOMENTS if k in state}
         return saved
 
-    def entries(self, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of ``saved`` is the state of tensors that are here."""
-        return {key: x for key, x in saved.items() if key.partition("/")[2] in self.values}
-
     def load(self, saved: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over entries of a :meth:`state`; tensors without any begin anew."""
+        """Take over entries of a :meth:`state`; tensors without any begin anew.
+
+        Entries of tensors that are not here are passed over.
+        """
         for key, value in saved:
             kind, _, name = key.partition("/")
+            if name not in self.values:
+                continue
             if kind != _AGE:
                 part = self._state_of(name)[kind]
                 copy_part(part if kind == _STEP else self._seen_as(name, part), value)
@@ -137,9 +138,10 @@ class InnerOptimizer:
         ]
 
     def forget(self, names: Iterable[str]) -> None:
-        """Begin anew with the state of these tensors."""
+        """Begin anew with the state of those of these tensors that are here."""
         for name in names:
-            self._torch.state.pop(self.values[name], None)
+            if name in self.values:
+                self._torch.state.pop(self.values[name], None)
 
     def num_bytes(self) -> int:
         """Of all state."""

@@ -43,6 +43,7 @@ class _Item:
 def relocate(
     before: tuple[Sequence[ModelTensor], Placement],
     after: tuple[Sequence[ModelTensor], Placement],
+    values: Mapping[str, Tensor],
     momentum: Mapping[str, Tensor] | None,
     transport: Transport,
     ledger: SiteLedger,
@@ -50,8 +51,8 @@ def relocate(
     """Send what leaves this site and receive what comes.
 
     ``before`` and ``after`` are this site's tensors, in the order of ``federated_tensors``, and the
-    placement; the values of the former are sent, those of the latter are not touched. ``momentum``
-    is by piece, zeros where it has none; None when the outer optimizer keeps none.
+    placement; ``values`` are those of the former, by name. ``momentum`` is by piece, zeros where it
+    has none; None when the outer optimizer keeps none.
     """
     site = transport.site
     with_momentum = momentum is not None
@@ -61,7 +62,7 @@ def relocate(
     ]
     to = [[x for x in leaving if x.destination == s] for s in range(transport.sites)]
     come = [[x for x in coming if x.source == s] for s in range(transport.sites)]
-    parts = [_content(item, momentum or {}) for group in to for item in group]
+    parts = [_content(item, values, momentum or {}) for group in to for item in group]
     outbox = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
     send, receive = [[sum(map(_num_bytes, group)) for group in groups] for groups in (to, come)]
     inbox = torch.empty(sum(receive), dtype=torch.uint8)
@@ -97,8 +98,8 @@ def _items(
             yield _Item(tensor, False, owner, new.owner(*place))
 
 
-def _content(item: _Item, momentum: Mapping[str, Tensor]) -> Tensor:
-    value = item.tensor.value if item.is_weight else momentum.get(item.key)
+def _content(item: _Item, values: Mapping[str, Tensor], momentum: Mapping[str, Tensor]) -> Tensor:
+    value = values[item.tensor.name] if item.is_weight else momentum.get(item.key)
     if value is None:  # the expert never had a contribution
         value = torch.zeros(item.tensor.num_elements, dtype=item.tensor.parameter.dtype)
     return value.detach().to("cpu").reshape(-1).view(torch.uint8)

@@ -28,7 +28,7 @@ from fomoe.federation.meeting import Meetings
 from fomoe.federation.parameters import federated_tensors
 from fomoe.federation.placement import Placement, placement_of_round
 from fomoe.federation.relocation import Arrivals, relocate
-from fomoe.federation.sharding import clip_gradients, copy_part, gather
+from fomoe.federation.sharding import copy_part, gather
 from fomoe.federation.site_ranks import OneRank, SiteRanks
 from fomoe.federation.site_state import saved_state
 from fomoe.federation.staging import Staging
@@ -91,7 +91,7 @@ class Site:
         if config.federation.strategy == "ep":
             assert tokens is not None
             self.expert_parallelism = ExpertParallelism(tokens, transport, self.ledger)
-        self.staging = Staging(self.device, leader=self.ranks.leader)
+        self.staging = Staging(self.device, self.ranks)
         self.round = 0
         """Completed ones."""
         self.step = 0
@@ -115,7 +115,7 @@ class Site:
         self.placement = self._placement_of(first)
         self._build()
         self.meetings = Meetings(
-            config.federation, transport, self.ledger, self.tensors, self.placement
+            config.federation, transport, self.ledger, self.tensors_of_all_ranks, self.placement
         )
         if saved is not None:
             self._load(checkpoint)
@@ -127,11 +127,12 @@ class Site:
     def _build(self) -> None:
         """The model and the inner optimizer for the placement."""
         if self.expert_parallelism is None:
-            model = self.task.build_model(self.placement.residents(self.site))
+            model = self.ranks.build(self.task, self.placement.residents(self.site))
         else:
             model = self.expert_parallelism.build(self.task, self.placement)
         self.model = self.ranks.place(model, self.device)
         self.tensors: list[ModelTensor] = federated_tensors(self.model)
+        self.tensors_of_all_ranks = self.ranks.tensors_of_the_site(self.model, self.tensors)
         self.optimizer = InnerOptimizer(
             self.tensors, self.config.optimizer, self.config.federation.moved_warmup_steps
         )
@@ -146,7 +147,7 @@ class Site:
         everywhere = [tensor for tensor in self.tensors if tensor.on_every_site]
         mine = [
             tensor
-            for tensor in self.tensors
+            for tensor in self.tensors_of_all_ranks
             if not tensor.on_every_site
             and tensor.layer is not None
             and tensor.expert is not None
@@ -259,7 +260,7 @@ class Site:
         if max_norm <= 0:
             return
         if self.expert_parallelism is None:
-            clip_gradients(self.model.parameters(), max_norm)
+            self.ranks.clip(self.model, max_norm)
         else:
             self.expert_parallelism.clip(self.tensors, max_norm)
 
@@ -289,8 +290,10 @@ class Site:
         """Take leave of the experts that go, and welcome those that come."""
         if placement == self.placement:
             return
-        before = self.tensors, self.placement
+        before = self.tensors_of_all_ranks, self.placement
         values, state = self._values(), self.optimizer.state()
+        values |= self.ranks.of_others(values)
+        state |= self.ranks.of_others(state)
         outer = self.meetings.outer
         keeps_momentum = self.config.federation.outer == "nesterov"
         self.placement = placement
@@ -299,16 +302,18 @@ class Site:
         if self.ranks.leader:
             arrivals = relocate(
                 before,
-                (self.tensors, placement),
+                (self.tensors_of_all_ranks, placement),
+                values,
                 outer.momentum if keeps_momentum else None,
                 self.transport,
                 self.ledger,
             )
-        self._assign(values.items())
+        self._assign(self.ranks.restore(values))
         self._assign(self.ranks.spread(arrivals.weights))
-        self.optimizer.load(self.optimizer.entries(state).items())
-        self.optimizer.warm_up(tensor.name for tensor in self.tensors if tensor.name not in values)
-        self.meetings.place(self.tensors, placement, arrivals)
+        self.optimizer.load(self.ranks.restore(state))
+        known = {tensor.name for tensor in before[0]}
+        self.optimizer.warm_up(tensor.name for tensor in self.tensors if tensor.name not in known)
+        self.meetings.place(self.tensors_of_all_ranks, placement, arrivals)
         self.staging.keep_only({tensor.name for tensor in self.tensors})
 
     # ---- what others want to know -----------------------------------------------------------
@@ -336,8 +341,13 @@ class Site:
         Only the leader does; the list is empty on other ranks.
         """
         leader = self.ranks.leader
-        model = gather({tensor.name: tensor.value for tensor in self.written}, keep=leader)
-        state = gather(self.optimizer.state(), keep=leader) if with_state else {}
+        mine, values = self.written, self._values()
+        values |= self.ranks.of_others(values)
+        model = gather({t.name: values[t.name] for t in mine if t.name in values}, keep=leader)
+        state: dict[str, Tensor] = {}
+        if with_state:
+            state = self.optimizer.state()
+            state = gather(state | self.ranks.of_others(state), keep=leader)
         records = []
         with self.ranks.together():
             if leader:
@@ -352,12 +362,13 @@ class Site:
         state: dict[str, Tensor] = {}
         with self.ranks.together():
             if checkpoint is not None:
-                model = checkpoint.model({tensor.name for tensor in self.tensors})
-                state = saved_state(
-                    checkpoint, self.site, self.placement, self.tensors, self.meetings
-                )
+                tensors = self.tensors_of_all_ranks
+                model = checkpoint.model({tensor.name for tensor in tensors})
+                state = saved_state(checkpoint, self.site, self.placement, tensors, self.meetings)
         self._assign(self.ranks.spread(model))
-        self.optimizer.load(self.ranks.spread(self.optimizer.entries(state)))
+        names = {tensor.name for tensor in self.tensors_of_all_ranks}
+        of_tensors = {key: x for key, x in state.items() if key.rpartition("/")[2] in names}
+        self.optimizer.load(self.ranks.spread(of_tensors))
         self.meetings.load(state)
 
 

@@ -2,11 +2,11 @@
 """The ranks of a site: processes, a device each, that share its work over a fast network.
 
 Every rank trains with its part of the site's batch, and all take the same optimizer steps with the
-mean of their gradients. The first one is the leader: it alone meets the other sites, reads and
-writes checkpoints, and tells the others what came of it.
+mean of their gradients; experts may be spread over the ranks. The first one is the leader: it alone
+meets the other sites, reads and writes checkpoints, and tells the others what came of it.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeVar
 
@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fomoe.comm import Transport as TokenTransport
 from fomoe.errors import UserError
-from fomoe.federation.sharding import copy_part, is_sharded, shard
-from fomoe.nn import MoE
+from fomoe.federation.sharding import clip_gradients, copy_part, is_sharded, shard
+from fomoe.federation.spread_experts import SpreadExperts
+from fomoe.federation.task import Task
+from fomoe.nn import ModelTensor, MoE
+from fomoe.nn.expert_parallel import clip_grad_norm, expert_parameters, finish_expert_gradients
 
 __all__ = ["OneRank", "RankGroup", "SiteRanks"]
 
@@ -28,8 +32,18 @@ class SiteRanks(Protocol):
 
     leader: bool
 
+    def build(self, task: Task, residents: Sequence[Sequence[int]]) -> nn.Module:
+        """The initialised model with this rank's share of the residents, by layer."""
+        ...
+
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model on the device of this rank, or this rank's part of it."""
+        ...
+
+    def tensors_of_the_site(
+        self, model: nn.Module, tensors: Sequence[ModelTensor]
+    ) -> list[ModelTensor]:
+        """Those of this rank's model, and without their values what other ranks alone have."""
         ...
 
     def part(self, batch: Tensor) -> Tensor:
@@ -38,6 +52,21 @@ class SiteRanks(Protocol):
 
     def average(self, model: nn.Module, loss: float) -> float:
         """Give all ranks the mean of their gradients, and return that of their losses."""
+        ...
+
+    def clip(self, model: nn.Module, max_norm: float) -> None:
+        """Scale the gradients so that the norm over the whole model is at most ``max_norm``."""
+        ...
+
+    def of_others(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What belongs to these, by name or ``KIND/NAME``, and other ranks alone have.
+
+        In host memory, for the leader; empty on other ranks.
+        """
+        ...
+
+    def restore(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Values from before experts moved, the leader's with those of others, for every rank."""
         ...
 
     def assign(self, targets: Mapping[str, Tensor], write: Callable[[str, Tensor], None]) -> None:
@@ -73,14 +102,31 @@ class OneRank:
 
     leader = True
 
+    def build(self, task: Task, residents: Sequence[Sequence[int]]) -> nn.Module:
+        return task.build_model(residents)
+
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         return model.to(device)
+
+    def tensors_of_the_site(
+        self, model: nn.Module, tensors: Sequence[ModelTensor]
+    ) -> list[ModelTensor]:
+        return list(tensors)
 
     def part(self, batch: Tensor) -> Tensor:
         return batch
 
     def average(self, model: nn.Module, loss: float) -> float:
         return loss
+
+    def clip(self, model: nn.Module, max_norm: float) -> None:
+        clip_gradients(model.parameters(), max_norm)
+
+    def of_others(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {}
+
+    def restore(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        return iter(values.items())
 
     def assign(self, targets: Mapping[str, Tensor], write: Callable[[str, Tensor], None]) -> None:
         for name, target in targets.items():
@@ -113,6 +159,9 @@ class RankGroup:
     sharded : bool
         Whether the shared parameters are in shards (``federation.parallel = "fsdp"``), or every
         rank has all of them.
+    tokens : TokenTransport, optional
+        Spreads the experts over the ranks (``federation.spread_experts``); says how tokens travel
+        between them. Without it every rank has all experts of the site.
     waiting : Callable[[], AbstractContextManager[None]]
         Entered whenever this rank may have to wait for another one.
     """
@@ -122,6 +171,7 @@ class RankGroup:
         group: dist.ProcessGroup,
         *,
         sharded: bool,
+        tokens: TokenTransport | None = None,
         waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.group = group
@@ -131,6 +181,12 @@ class RankGroup:
         self.leader = self.rank == 0
         self.device = torch.device("cpu")
         self._waiting = waiting
+        self.spread_experts = None if tokens is None else SpreadExperts(tokens, group, waiting)
+
+    def build(self, task: Task, residents: Sequence[Sequence[int]]) -> nn.Module:
+        if self.spread_experts is None:
+            return task.build_model(residents)
+        return self.spread_experts.build(task, residents)
 
     def place(self, model: nn.Module, device: torch.device) -> nn.Module:
         self.device = device
@@ -138,6 +194,13 @@ class RankGroup:
             return model.to(device)
         shard(model, self.group, device)
         return model
+
+    def tensors_of_the_site(
+        self, model: nn.Module, tensors: Sequence[ModelTensor]
+    ) -> list[ModelTensor]:
+        if self.spread_experts is None:
+            return list(tensors)
+        return self.spread_experts.tensors_of_the_site(model, tensors)
 
     def part(self, batch: Tensor) -> Tensor:
         if len(batch) % self.size:
@@ -148,8 +211,10 @@ class RankGroup:
         return batch.chunk(self.size)[self.rank]
 
     def average(self, model: nn.Module, loss: float) -> float:
+        finish_expert_gradients(model, self.size)
+        own = {id(parameter) for parameter in expert_parameters(model).values()}
         # FSDP averages what it shards.
-        parameters = [p for p in model.parameters() if not is_sharded(p)]
+        parameters = [p for p in model.parameters() if not is_sharded(p) and id(p) not in own]
         present = [parameter.grad is not None for parameter in parameters]
         totals = torch.tensor([loss, *present], dtype=torch.float64)
         with self._waiting():
@@ -169,8 +234,28 @@ class RankGroup:
             gradient /= self.size
         return mean_loss
 
+    def clip(self, model: nn.Module, max_norm: float) -> None:
+        if self.spread_experts is None:
+            clip_gradients(model.parameters(), max_norm)
+        else:
+            clip_grad_norm(model, max_norm, self.group)
+
+    def of_others(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {} if self.spread_experts is None else self.spread_experts.collect(values)
+
+    def restore(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        spread = {} if self.spread_experts is None else self.spread_experts.of(values)
+        yield from ((name, value) for name, value in values.items() if name not in spread)
+        if self.spread_experts is not None:
+            yield from self.spread(spread)
+
     def assign(self, targets: Mapping[str, Tensor], write: Callable[[str, Tensor], None]) -> None:
+        spread = {} if self.spread_experts is None else self.spread_experts.of(targets)
+        if self.spread_experts is not None:
+            self.spread_experts.assign(spread, write)
         for name, target in targets.items():
+            if name in spread:
+                continue
             value = target
             if is_sharded(target):
                 value = torch.empty(target.shape, dtype=target.dtype, device=target.device)

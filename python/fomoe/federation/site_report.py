@@ -25,7 +25,7 @@ def digests(site: Site) -> dict[str, Any]:
         return {}
     shared = hashlib.sha256()
     experts: dict[str, Any] = {}
-    for tensor in site.tensors:
+    for tensor in site.tensors_of_all_ranks:
         digest = shared
         if not tensor.on_every_site and tensor.layer is not None and tensor.expert is not None:
             holders = site.placement.holders(tensor.layer, tensor.expert)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fomoe.federation.sharding import gather, whole
+from fomoe.federation.site_ranks import SiteRanks
 
 __all__ = ["Staging"]
 
@@ -16,26 +17,27 @@ class Staging:
 
     Copies of one ``kind`` share page-locked buffers from call to call: the next call overwrites
     what the last one returned. Of the ranks of a site, only the leader keeps copies; the others
-    give it their shards.
+    give it their shards and their experts.
     """
 
-    def __init__(self, device: torch.device, *, leader: bool) -> None:
+    def __init__(self, device: torch.device, ranks: SiteRanks) -> None:
         self.device = device
-        self.leader = leader
+        self.ranks = ranks
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def to_host(self, kind: str, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The values by name in host memory: themselves on the CPU, else copies.
 
-        An empty mapping on ranks that are not the leader; all ranks call it for sharded values.
+        An empty mapping on ranks that are not the leader; all ranks of the site call it.
         """
-        if not self.leader or self.device.type == "cpu":
-            return gather(values, keep=self.leader)
+        leader, of_others = self.ranks.leader, self.ranks.of_others(values)
+        if not leader or self.device.type == "cpu":
+            return gather(values, keep=leader) | of_others
         copies = {name: self._buffer(kind, name, value) for name, value in values.items()}
         for name, value in values.items():
             copies[name].copy_(whole(value), non_blocking=True)
         torch.cuda.synchronize(self.device)
-        return copies
+        return copies | of_others
 
     def _buffer(self, kind: str, name: str, value: Tensor) -> Tensor:
         buffer = self._buffers.get((kind, name))

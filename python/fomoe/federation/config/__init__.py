@@ -69,6 +69,11 @@ class Config(Section):
             )
         self._check_optimizer()
         self._check_sites()
+        if model.capacity_factor > 0 and (federation.strategy == "ep" or federation.spread_experts):
+            raise ValueError(
+                f"model.capacity_factor = {model.capacity_factor} must be 0 where tokens travel to "
+                "experts of other ranks: only the tokens of all ranks together could fill one"
+            )
         return self
 
     def _check_optimizer(self) -> None:

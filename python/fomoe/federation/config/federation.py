@@ -58,6 +58,8 @@ class FederationConfig(Section):
     ranks_per_site: Annotated[int, Field(ge=1, le=4096)] = 1
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How the ranks of a site keep the shared parameters: each all of them, or a shard."""
+    spread_experts: bool = False
+    """Spread a site's experts over its ranks, and send tokens to them; else each rank has all."""
     timeout: Positive = 600.0
     """Seconds without a sign of life after which a site counts as lost."""
 
@@ -147,6 +149,11 @@ class FederationConfig(Section):
             )
 
     def _check_expert_parallel(self) -> None:
+        if self.spread_experts and self.ranks_per_site == 1:
+            raise ValueError(
+                "federation.spread_experts = True needs federation.ranks_per_site of at least 2, "
+                "got 1"
+            )
         if self.strategy != "ep":
             return
         needed = {

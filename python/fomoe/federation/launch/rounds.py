@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fomoe.comm import C10dTransport, Stage, Topology
@@ -98,12 +99,26 @@ class WatchedTokenTransport:
         self.rank = transport.rank
 
     @classmethod
-    def of(cls, config: Config, heartbeat: Heartbeat) -> Self | None:
-        """Between sites, each a rank of torch.distributed; all of them must call it."""
+    def between_sites(cls, config: Config, heartbeat: Heartbeat) -> Self | None:
+        """For ep, where every site is a rank of torch.distributed; all of them must call it."""
         if config.federation.strategy != "ep":
             return None
         topology = Topology([1] * config.federation.sites)
-        transport = C10dTransport(topology, timeout=SECONDS_IN_A_COLLECTIVE)
+        return cls(C10dTransport(topology, timeout=SECONDS_IN_A_COLLECTIVE), heartbeat)
+
+    @classmethod
+    def inside(
+        cls, config: Config, site: int, group: dist.ProcessGroup, heartbeat: Heartbeat
+    ) -> Self | None:
+        """For experts spread over the ranks of a site, all of whom must call it."""
+        if not config.federation.spread_experts:
+            return None
+        transport = C10dTransport(
+            Topology([config.federation.ranks_per_site]),
+            "gloo" if config.training.device_of(site) == "cpu" else "nccl",
+            SECONDS_IN_A_COLLECTIVE,
+            group,
+        )
         return cls(transport, heartbeat)
 
     def gather_counts(self, counts: Tensor) -> Tensor:
@@ -149,7 +164,7 @@ def _round(site: Site, index: int, reporter: Reporter, heartbeat: Heartbeat) -> 
         "rejected": sorted(site.rejected),
         "routing": site.routing(),
         "digests": site_report.digests(site),
-        "parameters": sum(tensor.num_elements for tensor in site.tensors),
+        "parameters": sum(tensor.num_elements for tensor in site.tensors_of_all_ranks),
         "owned_parameters": sum(tensor.num_elements for tensor in site.written),
         "threads": torch.get_num_threads(),
         "timings": {

@@ -84,7 +84,7 @@ def _train(order: SiteOrder, channel: PipeChannel, heartbeat: Heartbeat) -> None
     check_corpus(order.task, order.site, order.corpus_sha256)
     checkpoint = None if order.resume is None else Checkpoint(order.resume)
     transport = WatchedTransport(GroupTransport(), heartbeat)
-    tokens = WatchedTokenTransport.of(order.config, heartbeat)
+    tokens = WatchedTokenTransport.between_sites(order.config, heartbeat)
     site = Site(order.config, order.task, transport, checkpoint, tokens=tokens)
     run_rounds(site, channel, heartbeat, order.first_round)
 

@@ -91,7 +91,7 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
         announce=lambda path: rank.store.set(CHECKPOINT, path),
     )
     with coordinator, travel.outbox() as outbox:
-        tokens = WatchedTokenTransport.of(opening.config, rank.heartbeat)
+        tokens = WatchedTokenTransport.between_sites(opening.config, rank.heartbeat)
         site = Site(opening.config, task, _transport(rank), checkpoint, _ranks(rank), tokens)
         channel = GroupChannel(travel, outbox, coordinator, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, opening.first_round)
@@ -116,7 +116,7 @@ def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
             )
         rank.heartbeat.starting()
         check_corpus(task, rank.membership.site, plan["corpus_sha256"])
-        tokens = WatchedTokenTransport.of(config, rank.heartbeat)
+        tokens = WatchedTokenTransport.between_sites(config, rank.heartbeat)
         site = Site(config, task, _transport(rank), checkpoint, _ranks(rank), tokens)
         if checkpoint is not None and travel.is_away:
             travel.remove(checkpoint)
@@ -149,4 +149,5 @@ def _ranks(rank: Rank) -> SiteRanks:
     if inside is None:
         return OneRank()
     sharded = rank.config.federation.parallel == "fsdp"
-    return RankGroup(inside, sharded=sharded, waiting=rank.heartbeat.waits)
+    tokens = WatchedTokenTransport.inside(rank.config, rank.membership.site, inside, rank.heartbeat)
+    return RankGroup(inside, sharded=sharded, tokens=tokens, waiting=rank.heartbeat.waits)
