@@ -1,118 +1,140 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two-stage all-to-all against the flat one, all ranks in this process: bytes by link, and the
-// time of an exchange there and back, both checked against the expected result first. Times over
-// memory say what packing and the second stage cost, not what a slow link saves. Rows are float32.
+// The two-stage all-to-all against the flat one: bytes by link, and the time of an exchange there
+// and back, both checked against the expected result first. Rows are float32.
+//
+// Over loopback all ranks are threads of this process: times over memory say what packing and the
+// second stage cost, not what a slow link saves. Over NCCL every rank is a process with a card:
+//   bench_all_to_all --transport nccl --id-file /shared/id --rank R --sites 2 --ranks-per-site 8
+// Rank 0 writes the file, which must not exist yet, and removes it at the end.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <functional>
+#include <filesystem>
+#include <fstream>
 #include <map>
-#include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
 
-#include "all_to_all_exchange.h"
-#include "comm/loopback/loopback.h"
-#include "comm/traffic.h"
+#include "all_to_all_runs.h"
 #include "json.h"
 
 namespace {
 
 using namespace fomoe::comm;
-using Clock = std::chrono::steady_clock;
+using bench::AllToAllCase;
+using bench::AllToAllSeconds;
 
-std::map<std::string, int64_t> parse(int count, char** texts, bool& as_json) {
-  std::map<std::string, int64_t> values = {
-      {"--sites", 2}, {"--ranks-per-site", 2}, {"--tokens", 256}, {"--experts", 128},
-      {"--top-k", 8}, {"--dim", 1024},         {"--seed", 1},     {"--repeats", 5}};
+constexpr std::chrono::seconds kTimeout{60};
+
+struct Options {
+  std::map<std::string, int64_t> numbers = {
+      {"--sites", 2},     {"--ranks-per-site", 2}, {"--tokens", 256},
+      {"--experts", 128}, {"--top-k", 8},          {"--dim", 1024},
+      {"--seed", 1},      {"--repeats", 5},        {"--rank", 0}};
+  std::map<std::string, std::string> texts = {
+      {"--transport", "loopback"}, {"--id-file", ""}, {"--nccl", ""}};
+  bool as_json = false;
+};
+
+[[noreturn]] void refuse(const Options& options, const std::string& argument) {
+  std::string known;
+  for (const auto& [name, value] : options.numbers) known += " " + name;
+  for (const auto& [name, value] : options.texts) known += " " + name;
+  throw std::invalid_argument("unknown option or no value: " + argument + "; options:" + known +
+                              " --json");
+}
+
+void require_sense(const Options& options) {
+  const auto number = [&](const char* name) { return options.numbers.at(name); };
+  if (number("--top-k") > number("--experts")) {
+    throw std::invalid_argument("--top-k must be at most --experts, got " +
+                                std::to_string(number("--top-k")));
+  }
+  const int64_t num_ranks = number("--sites") * number("--ranks-per-site");
+  if (number("--rank") >= num_ranks) {
+    throw std::invalid_argument("--rank must be below " + std::to_string(num_ranks) + ", got " +
+                                std::to_string(number("--rank")));
+  }
+  const std::string& transport = options.texts.at("--transport");
+  if (transport != "loopback" && transport != "nccl") {
+    throw std::invalid_argument("--transport must be loopback or nccl, got " + transport);
+  }
+  if (transport == "nccl" && options.texts.at("--id-file").empty()) {
+    throw std::invalid_argument("--transport nccl needs --id-file, the same for all ranks");
+  }
+}
+
+Options parse(int count, char** arguments) {
+  Options options;
   for (int i = 1; i < count; ++i) {
-    const std::string name = texts[i];
+    const std::string name = arguments[i];
     if (name == "--json") {
-      as_json = true;
+      options.as_json = true;
       continue;
     }
-    const auto value = values.find(name);
-    if (value == values.end() || i + 1 == count) {
-      std::string known;
-      for (const auto& [option, standard] : values) {
-        known += " " + option + " (" + std::to_string(standard) + ")";
-      }
-      throw std::invalid_argument("unknown option or no value: " + name + "; options:" + known +
-                                  " --json");
+    if (i + 1 == count) refuse(options, name);
+    if (const auto text = options.texts.find(name); text != options.texts.end()) {
+      text->second = arguments[++i];
+      continue;
     }
-    value->second = std::stoll(texts[++i]);
-    if (value->second < (name == "--seed" || name == "--tokens" ? 0 : 1)) {
-      throw std::invalid_argument(name + " must be positive, got " + texts[i]);
+    const auto number = options.numbers.find(name);
+    if (number == options.numbers.end()) refuse(options, name);
+    number->second = std::stoll(arguments[++i]);
+    const bool may_be_zero = name == "--seed" || name == "--tokens" || name == "--rank";
+    if (number->second < (may_be_zero ? 0 : 1)) {
+      throw std::invalid_argument(name + " must be positive, got " + arguments[i]);
     }
   }
-  if (values["--top-k"] > values["--experts"]) {
-    throw std::invalid_argument("--top-k must be at most --experts, got " +
-                                std::to_string(values["--top-k"]));
-  }
-  return values;
+  require_sense(options);
+  return options;
 }
 
-/// K different experts per token, all equally likely; small whole numbers, so that sums are exact.
-bench::RankTokens draw(std::map<std::string, int64_t> options, std::mt19937& random) {
-  bench::RankTokens tokens = {{}, {}, {}, options["--dim"], options["--top-k"]};
-  std::vector<int32_t> experts(options["--experts"]);
-  for (size_t e = 0; e < experts.size(); ++e) experts[e] = static_cast<int32_t>(e);
-  for (int64_t token = 0; token < options["--tokens"]; ++token) {
-    for (int64_t d = 0; d < tokens.width; ++d) tokens.x.push_back(float(random() % 4));
-    for (int64_t k = 0; k < tokens.top_k; ++k) {
-      std::swap(experts[k], experts[k + random() % (experts.size() - k)]);
-      tokens.ids.push_back(experts[k]);
-      tokens.weights.push_back(float(k + 1));
-    }
+struct Ids {
+  nccl::UniqueId sites, flat;
+};
+
+/// Rank 0 writes the ids, the others wait for them.
+Ids agree_on_ids(const std::string& path, int rank, const nccl::Library& library) {
+  namespace files = std::filesystem;
+  Ids ids;
+  if (rank == 0) {
+    if (files::exists(path)) throw std::invalid_argument("--id-file exists already: " + path);
+    library.get_unique_id(&ids.sites);
+    library.get_unique_id(&ids.flat);
+    std::ofstream(path + ".new", std::ios::binary)
+        .write(reinterpret_cast<const char*>(&ids), sizeof ids);
+    files::rename(path + ".new", path);
+    return ids;
   }
-  return tokens;
+  const auto deadline = std::chrono::steady_clock::now() + kTimeout;
+  while (!files::exists(path)) {
+    if (std::chrono::steady_clock::now() > deadline) {
+      throw std::runtime_error("rank 0 did not write " + path);
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+  std::ifstream file(path, std::ios::binary);
+  if (!file.read(reinterpret_cast<char*>(&ids), sizeof ids)) {
+    throw std::runtime_error("cannot read the ids of rank 0 from " + path);
+  }
+  return ids;
 }
 
-using Exchange = std::function<bench::Exchanged(int rank, Transport&)>;
-
-/// Runs the exchange on all ranks at once; returns its seconds, checked against the bytes and,
-/// where given, the results that it must have.
-double run(Loopback& loopback, const Exchange& exchange, int64_t expected_bytes,
-           const std::vector<std::vector<float>>& expected) {
-  std::vector<bench::Exchanged> results(expected.size());
-  std::vector<std::string> errors(expected.size());
-  std::vector<std::thread> threads;
-  const Clock::time_point begin = Clock::now();
-  for (size_t rank = 0; rank < expected.size(); ++rank) {
-    threads.emplace_back([&, rank] {
-      Transport& transport = loopback.end(static_cast<int>(rank));
-      try {
-        results[rank] = exchange(static_cast<int>(rank), transport);
-      } catch (const std::exception& error) {
-        errors[rank] = error.what();
-        transport.abort();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
-  int64_t sent_bytes = 0;
-  for (size_t rank = 0; rank < expected.size(); ++rank) {
-    if (!errors[rank].empty()) throw std::runtime_error(errors[rank]);
-    if (results[rank].y != expected[rank]) {
-      throw std::runtime_error("rank " + std::to_string(rank) + " has a wrong result");
-    }
-    sent_bytes += results[rank].sent_bytes;
-  }
-  if (sent_bytes != expected_bytes) {
-    throw std::runtime_error("sent " + std::to_string(sent_bytes) + " bytes, planned " +
-                             std::to_string(expected_bytes));
-  }
-  return seconds;
-}
-
-int64_t total(const Traffic& traffic) {
-  int64_t sum = 0;
-  for (const LinkBytes& bytes : {traffic.counts, traffic.dispatch, traffic.combine}) {
-    sum += bytes.local + bytes.intra_node + bytes.inter_site;
-  }
-  return sum;
+AllToAllSeconds run_over_nccl(const AllToAllCase& all_to_all, const Options& options) {
+  const auto library = nccl::Library::open(options.texts.at("--nccl"));
+  nccl::check_cuda_device();
+  const std::string& path = options.texts.at("--id-file");
+  const int rank = static_cast<int>(options.numbers.at("--rank"));
+  const Ids ids = agree_on_ids(path, rank, *library);
+  const std::vector<int> sites(options.numbers.at("--sites"),
+                               static_cast<int>(options.numbers.at("--ranks-per-site")));
+  const auto device = nccl::cuda_device();
+  nccl::NcclTransport two_stages(library, nccl::cuda_device(), {sites, rank, ids.sites, kTimeout});
+  nccl::NcclTransport flat(library, nccl::cuda_device(),
+                           {{all_to_all.topology.num_ranks()}, rank, ids.flat, kTimeout});
+  if (rank == 0) std::filesystem::remove(path);
+  return run_over_nccl(all_to_all, options.numbers.at("--repeats"), {two_stages, flat}, *device);
 }
 
 int64_t inter_site(const Traffic& traffic) {
@@ -133,73 +155,45 @@ bench::Json json_of(const Traffic& traffic, const std::vector<double>& seconds) 
       .add("seconds", seconds);
 }
 
-void measure(std::map<std::string, int64_t> options, bool as_json) {
-  const std::vector<int> ranks_per_site(options["--sites"],
-                                        static_cast<int>(options["--ranks-per-site"]));
-  const int num_ranks = ranks_per_site.front() * static_cast<int>(ranks_per_site.size());
-  std::vector<int> owners;
-  for (int64_t e = 0; e < options["--experts"]; ++e) {
-    owners.push_back(static_cast<int>(e * num_ranks / options["--experts"]));
-  }
-  const Topology topology(ranks_per_site, owners), one_site({num_ranks}, owners);
-  std::mt19937 random(static_cast<uint32_t>(options["--seed"]));
-  std::vector<bench::RankTokens> tokens;
-  std::vector<std::vector<int32_t>> ids;
-  std::vector<std::vector<float>> expected;
-  for (int rank = 0; rank < num_ranks; ++rank) {
-    tokens.push_back(draw(options, random));
-    ids.push_back(tokens.back().ids);
-    expected.push_back(bench::expected_result(topology, tokens.back()));
-  }
-  const RowFormat format = {options["--dim"], 4, 4, options["--top-k"]};
-  const auto plans = plan_all_to_all(topology, ids, format.top_k);
-  const Traffic two_stages = hierarchical_traffic(topology, plans, format);
-  const Traffic flat = flat_traffic(topology, ids, format);
-  const int64_t minimum = deduplicated_minimum(plans, format);
-
-  Loopback stages(topology, std::chrono::minutes(1)), world(one_site, std::chrono::minutes(1));
-  std::vector<double> two_stages_seconds, flat_seconds;
-  for (int64_t repeat = 0; repeat < options["--repeats"]; ++repeat) {
-    two_stages_seconds.push_back(run(
-        stages,
-        [&](int rank, Transport& transport) {
-          return bench::exchange_hierarchical(topology, plans[rank], tokens[rank], transport);
-        },
-        total(two_stages), expected));
-    flat_seconds.push_back(run(
-        world,
-        [&](int rank, Transport& transport) {
-          return bench::exchange_flat(topology, tokens[rank], transport);
-        },
-        total(flat), expected));
-  }
-  if (as_json) {
+void print(const Options& options, const AllToAllCase& all_to_all, const AllToAllSeconds& seconds) {
+  if (options.as_json) {
     bench::Json result;
-    result.add("benchmark", "all_to_all").add("transport", "loopback").add("dtype", "float32");
-    for (const auto& [name, value] : options) result.add(name.substr(2).c_str(), value);
-    result.add("deduplicated_minimum_bytes", minimum);
-    result.add("hierarchical", json_of(two_stages, two_stages_seconds));
-    result.add("flat", json_of(flat, flat_seconds));
+    result.add("benchmark", "all_to_all");
+    result.add("transport", options.texts.at("--transport")).add("dtype", "float32");
+    for (const auto& [name, value] : options.numbers) result.add(name.substr(2).c_str(), value);
+    result.add("deduplicated_minimum_bytes", all_to_all.deduplicated_minimum);
+    result.add("hierarchical", json_of(all_to_all.two_stages, seconds.two_stages));
+    result.add("flat", json_of(all_to_all.flat, seconds.flat));
     std::printf("%s\n", result.text().c_str());
     return;
   }
+  const int64_t minimum = all_to_all.deduplicated_minimum;
   std::printf("%-14s %16s %12s %10s\n", "", "inter-site bytes", "of minimum", "best ms");
-  const auto print = [&](const char* name, const Traffic& traffic, const auto& seconds) {
+  const auto line = [&](const char* name, const Traffic& traffic, const auto& times) {
     std::printf("%-14s %16lld %12.3f %10.3f\n", name, static_cast<long long>(inter_site(traffic)),
                 minimum ? static_cast<double>(inter_site(traffic)) / double(minimum) : 0.0,
-                1e3 * *std::min_element(seconds.begin(), seconds.end()));
+                1e3 * *std::min_element(times.begin(), times.end()));
   };
-  print("hierarchical", two_stages, two_stages_seconds);
-  print("flat", flat, flat_seconds);
+  line("hierarchical", all_to_all.two_stages, seconds.two_stages);
+  line("flat", all_to_all.flat, seconds.flat);
+}
+
+void measure(const Options& options) {
+  const auto number = [&](const char* name) { return options.numbers.at(name); };
+  const AllToAllCase all_to_all({number("--sites"), number("--ranks-per-site"), number("--tokens"),
+                                 number("--experts"), number("--top-k"), number("--dim"),
+                                 number("--seed")});
+  const bool over_nccl = options.texts.at("--transport") == "nccl";
+  const AllToAllSeconds seconds = over_nccl ? run_over_nccl(all_to_all, options)
+                                            : run_over_loopback(all_to_all, number("--repeats"));
+  if (number("--rank") == 0) print(options, all_to_all, seconds);
 }
 
 }  // namespace
 
 int main(int count, char** texts) {
   try {
-    bool as_json = false;
-    const auto options = parse(count, texts, as_json);
-    measure(options, as_json);
+    measure(parse(count, texts));
   } catch (const std::invalid_argument& error) {
     std::fprintf(stderr, "bench_all_to_all: %s\n", error.what());
     return 2;

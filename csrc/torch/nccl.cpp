@@ -92,10 +92,12 @@ Tensor nccl_unique_id() {
   return bytes;
 }
 
-int64_t nccl_create(const Tensor& unique_id, Counts ranks_per_site, int64_t rank,
+int64_t nccl_create(const Tensor& unique_id, const Counts& ranks_per_site, int64_t rank,
                     int64_t timeout_ms, int64_t device_index) {
-  comm::nccl::World world = {
-      std::move(ranks_per_site), static_cast<int>(rank), {}, std::chrono::milliseconds(timeout_ms)};
+  comm::nccl::World world = {{ranks_per_site.begin(), ranks_per_site.end()},
+                             static_cast<int>(rank),
+                             {},
+                             std::chrono::milliseconds(timeout_ms)};
   check_dtype("nccl_create", "unique_id", unique_id, ScalarType::Byte);
   check_shape("nccl_create", "unique_id", unique_id, {sizeof(world.id.bytes)}, "(128,)");
   check(unique_id.is_cpu(), "fomoe_nccl::create: unique_id must be on the CPU");

@@ -7,7 +7,6 @@
 #include <string>
 #include <thread>
 
-#include "comm/nccl/groups.h"
 #include "comm/nccl/library.h"
 #include "comm/nccl/transport.h"
 #include "fake_nccl/fake_nccl.h"
@@ -37,12 +36,12 @@ Function* fake_function(const char* name) {
 /// A rank's end: its device and transport.
 struct Rank {
   int rank;
-  Counts sites;
+  Ints sites;
   fake::Timeline timeline;
   fake::StreamOfWork stream{timeline};
   std::unique_ptr<NcclTransport> transport;
 
-  Rank(int rank, const Counts& sites, const UniqueId& id, milliseconds timeout)
+  Rank(int rank, const Ints& sites, const UniqueId& id, milliseconds timeout)
       : rank(rank),
         sites(sites),
         transport(std::make_unique<NcclTransport>(
@@ -73,7 +72,7 @@ struct Rank {
   std::string sent, received;  // live until the exchange has ended or failed
 };
 
-std::vector<std::string> run_ranks(const Counts& sites, milliseconds timeout,
+std::vector<std::string> run_ranks(const Ints& sites, milliseconds timeout,
                                    const std::function<void(Rank&)>& body) {
   UniqueId id;
   Library::open(FAKE_NCCL)->get_unique_id(&id);
@@ -95,7 +94,7 @@ std::vector<std::string> run_ranks(const Counts& sites, milliseconds timeout,
 }
 
 /// Runs the body on every rank of the sites and fails with the first rank's error.
-void on_ranks(const Counts& sites, const std::function<void(Rank&)>& body) {
+void on_ranks(const Ints& sites, const std::function<void(Rank&)>& body) {
   for (const std::string& error : run_ranks(sites, kAmple, body)) CHECK_EQUAL(error, "");
 }
 
@@ -134,28 +133,16 @@ TEST(a_machine_without_a_usable_device_says_so) {
   }
 }
 
-TEST(ranks_are_grouped_by_site_and_by_gateway) {
-  const Counts even = {2, 2}, uneven = {3, 1}, three = {2, 2, 4};
-  CHECK_EQUAL(fomoe::comm::intra_node_group(even, 3), (Ints{2, 3}));
-  CHECK_EQUAL(fomoe::comm::inter_site_group(even, 3), (Ints{1, 3}));
-  CHECK_EQUAL(fomoe::comm::intra_node_group(uneven, 3), (Ints{3}));
-  CHECK_EQUAL(fomoe::comm::inter_site_group(uneven, 1), (Ints{0, 1, 2, 3}));
-  // Local ranks 0 and 2 of the last site both have local rank 0 of the others as gateway.
-  CHECK_EQUAL(fomoe::comm::inter_site_group(three, 6), (Ints{0, 2, 4, 6}));
-  CHECK_EQUAL(fomoe::comm::inter_site_group(Counts{4}, 2), (Ints{2}));
-}
-
 TEST(sites_and_rank_that_do_not_fit_are_refused) {
-  const auto message = [](const Counts& sites, int rank) -> std::string {
+  const auto message = [](const Ints& sites, int rank) -> std::string {
     try {
-      fomoe::comm::inter_site_group(sites, rank);
+      Rank(rank, sites, UniqueId{}, kShort);
     } catch (const std::invalid_argument& error) {
       return error.what();
     }
     return "none";
   };
-  CHECK_EQUAL(message({2, 0}, 1),
-              "ranks_per_site: expected at least 1 rank on every site, got 0 on site 1");
+  CHECK_EQUAL(message({2, 0}, 1), "topology: ranks_per_site must be at least 1, got 0 for site 1");
   CHECK_EQUAL(message({2, 1}, 3), "rank: expected one of the 3 ranks of ranks_per_site, got 3");
 }
 
@@ -192,7 +179,7 @@ TEST(every_rank_gets_what_each_of_its_group_sent_it_whatever_the_sites) {
   const auto text = [](int from, int to, int round) {
     return std::string((from + 2 * to + round) % 4, static_cast<char>('A' + from));
   };
-  for (const Counts& sites : {Counts{4}, {2, 2}, {3, 1}, {1, 1, 1, 1}, {1, 2, 3}}) {
+  for (const Ints& sites : {Ints{4}, {2, 2}, {3, 1}, {1, 1, 1, 1}, {1, 2, 3}}) {
     on_ranks(sites, [&](Rank& self) {
       for (int round = 0; round < 4; ++round) {
         for (const Stage stage : {Stage::inter_site, Stage::intra_node}) {

@@ -6,7 +6,7 @@
 #include <sstream>
 #include <utility>
 
-#include "comm/nccl/groups.h"
+#include "comm/topology.h"
 
 namespace fomoe::comm::nccl {
 namespace {
@@ -21,10 +21,14 @@ constexpr auto kWatchPause = std::chrono::milliseconds(5);  // of the thread tha
 NcclTransport::NcclTransport(std::shared_ptr<const Library> library, std::unique_ptr<Device> device,
                              World world)
     : library_(std::move(library)), device_(std::move(device)), world_(std::move(world)) {
-  part(Stage::intra_node).members = intra_node_group(world_.ranks_per_site, world_.rank);
-  part(Stage::inter_site).members = inter_site_group(world_.ranks_per_site, world_.rank);
-  world_size_ = static_cast<int>(
-      std::accumulate(world_.ranks_per_site.begin(), world_.ranks_per_site.end(), int64_t{0}));
+  const Topology topology(world_.ranks_per_site, {});
+  world_size_ = topology.num_ranks();
+  if (world_.rank < 0 || world_.rank >= world_size_) {
+    throw std::invalid_argument("rank: expected one of the " + std::to_string(world_size_) +
+                                " ranks of ranks_per_site, got " + std::to_string(world_.rank));
+  }
+  part(Stage::intra_node).members = topology.intra_node_group(world_.rank);
+  part(Stage::inter_site).members = topology.inter_site_group(world_.rank);
   Lock lock(mutex_);
   connect(lock);
   // A std::function, for a thread's own type would be exported under the name of ours.

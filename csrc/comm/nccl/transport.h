@@ -22,7 +22,7 @@ namespace fomoe::comm::nccl {
 
 /// What every rank of a world knows; the same everywhere but for `rank`.
 struct World {
-  std::vector<int64_t> ranks_per_site;
+  std::vector<int> ranks_per_site;
   int rank = 0;
   UniqueId id = {};  // from one rank, see Library::get_unique_id
   std::chrono::milliseconds timeout = {};
