@@ -11,15 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fomoe.models.cache import LayerStep
 from fomoe.models.decoder_config import RopeScaling
 from fomoe.models.normalization import RMSNorm
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every position's rotary angles, each (S, N/2), float32 or float64."""
+    """Cosine and sine of every position's rotary angles, each (S, N/2), float32 or float64.
+
+    Where sequences have positions of their own, each (B, 1, S, N/2).
+    """
 
     cos: Tensor
     sin: Tensor
+
+    def at(self, positions_BS: Tensor) -> "Rotation":
+        """The angles of these positions, for every sequence its own."""
+        return Rotation(self.cos[positions_BS][:, None], self.sin[positions_BS][:, None])
 
 
 def rotation(
@@ -106,19 +114,28 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(head_dim, head_norm_epsilon)
             self.key_norm = RMSNorm(head_dim, head_norm_epsilon)
 
-    def forward(self, x_BSD: Tensor, positions: Rotation) -> Tensor:
-        """Attend from every position to itself and the ones before it, (B, S, D)."""
+    def forward(self, x_BSD: Tensor, positions: Rotation, cache: LayerStep | None = None) -> Tensor:
+        """Attend from every position to itself and the ones before it, (B, S, D).
+
+        With a cache, which takes the new keys and values, also to the tokens of earlier calls.
+        """
         projections = (self.query(x_BSD), self.key(x_BSD), self.value(x_BSD))
         q_BHSN, k_BGSN, v_BGSN = (
             p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections
         )
-        mask_SS = self._window_mask(x_BSD)
+        q_BHSN = rotate(self.query_norm(q_BHSN), positions)
+        k_BGSN = rotate(self.key_norm(k_BGSN), positions)
+        if cache is None:
+            mask = self._window_mask(x_BSD)
+        else:
+            k_BGSN, v_BGSN = cache.extend(k_BGSN, v_BGSN)
+            mask = cache.mask(self.sliding_window)
         y_BHSN = F.scaled_dot_product_attention(
-            rotate(self.query_norm(q_BHSN), positions),
-            rotate(self.key_norm(k_BGSN), positions),
+            q_BHSN,
+            k_BGSN,
             v_BGSN,
-            attn_mask=mask_SS,
-            is_causal=mask_SS is None,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=self.grouped,
         )
         y_BSD: Tensor = self.output(y_BHSN.transpose(1, 2).flatten(2))

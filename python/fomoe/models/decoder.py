@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fomoe.comm import ExpertExchange
 from fomoe.models.attention import Attention, Rotation, rotation
+from fomoe.models.cache import CacheStep, KeyValueCache, LayerStep
 from fomoe.models.decoder_config import DecoderConfig
 from fomoe.models.feed_forward import FeedForward
 from fomoe.models.normalization import RMSNorm
@@ -49,8 +50,8 @@ class DecoderLayer(nn.Module):
         self.feed_forward = block if isinstance(block, FeedForward) else None
         self.moe_output_norm = _peri_norm(config)
 
-    def forward(self, x_BSD: Tensor, positions: Rotation) -> Tensor:
-        added = self.attention(self.attention_norm(x_BSD), positions)
+    def forward(self, x_BSD: Tensor, positions: Rotation, cache: LayerStep | None = None) -> Tensor:
+        added = self.attention(self.attention_norm(x_BSD), positions, cache)
         x_BSD = x_BSD + self.residual_scale * self.attention_output_norm(added)
         added = self.moe_norm(x_BSD)
         if self.moe is not None:
@@ -115,6 +116,30 @@ class Decoder(nn.Module):
         ValueError
             If the tokens are not two-dimensional int64.
         """
+        return self.unembed(self.hidden(tokens_BS))
+
+    def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
+        """Room for ``batch_size`` sequences of at most ``capacity`` tokens."""
+        config, weight = self.config, self.embedding.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
+        return KeyValueCache(
+            config.num_layers,
+            batch_size,
+            config.num_kv_heads,
+            capacity,
+            config.head_dim,
+            dtype=dtype,
+            device=weight.device,
+        )
+
+    def hidden(self, tokens_BS: Tensor, cache: CacheStep | None = None) -> Tensor:
+        """What :meth:`unembed` makes logits of, (B, S, D).
+
+        With a step of a cache the tokens follow those of earlier steps, S is the step's number of
+        tokens, and what belongs to padding means nothing.
+        """
         if tokens_BS.dim() != 2 or tokens_BS.dtype != torch.int64:
             raise ValueError(
                 "Decoder: expected tokens of shape (B, S) and dtype torch.int64, got "
@@ -122,17 +147,24 @@ class Decoder(nn.Module):
             )
         x_BSD: Tensor = self.embedding_norm(self.embedding(tokens_BS))
         positions = rotation(
-            tokens_BS.shape[1],
+            tokens_BS.shape[1] if cache is None else cache.num_visible,
             self.config.head_dim,
             self.config.rope_theta,
             scaling=self.config.rope_scaling,
             dtype=torch.promote_types(x_BSD.dtype, torch.float32),
             device=x_BSD.device,
         )
-        for layer in self.layers:
-            x_BSD = layer(x_BSD, positions)
+        if cache is not None:
+            positions = positions.at(cache.positions_BS)
+        for index, layer in enumerate(self.layers):
+            x_BSD = layer(x_BSD, positions, None if cache is None else cache.layer(index))
+        normed: Tensor = self.norm(x_BSD)
+        return normed
+
+    def unembed(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of hidden (..., D)."""
         unembedding = self.embedding if self.config.tie_embeddings else self.unembedding
-        return F.linear(self.norm(x_BSD), unembedding.weight)
+        return F.linear(x, unembedding.weight)
 
 
 def _peri_norm(config: DecoderConfig) -> nn.Module:
