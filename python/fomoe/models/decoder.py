@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fomoe.comm import ExpertExchange
 from fomoe.models.attention import Attention, Rotation, rotation
@@ -64,7 +65,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Tokens to next-token logits. Peri-LN is FoMoE's (arXiv 2606.19025).
 
-    Weights are random after construction; :func:`fomoe.nn.initialize` sets them from a seed.
+    Weights are random after construction; :func:`fomoe.nn.initialize` sets them from a seed. With
+    the attribute ``gradient_checkpointing`` set, training keeps each layer's input alone and
+    computes the layer again in the backward.
 
     Parameters
     ----------
@@ -90,6 +93,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.embedding_norm = _peri_norm(config)
@@ -129,8 +133,12 @@ class Decoder(nn.Module):
             dtype=torch.promote_types(x_BSD.dtype, torch.float32),
             device=x_BSD.device,
         )
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            x_BSD = layer(x_BSD, positions)
+            if again:
+                x_BSD = checkpoint(layer, x_BSD, positions, use_reentrant=False)
+            else:
+                x_BSD = layer(x_BSD, positions)
         unembedding = self.embedding if self.config.tie_embeddings else self.unembedding
         return F.linear(self.norm(x_BSD), unembedding.weight)
 
