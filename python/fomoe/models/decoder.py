@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fomoe.comm import ExpertExchange
 from fomoe.models.attention import Attention, Rotation, rotation
@@ -65,7 +66,9 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Tokens to next-token logits. Peri-LN is FoMoE's (arXiv 2606.19025).
 
-    Weights are random after construction; :func:`fomoe.nn.initialize` sets them from a seed.
+    Weights are random after construction; :func:`fomoe.nn.initialize` sets them from a seed. With
+    the attribute ``gradient_checkpointing`` set, training keeps each layer's input alone and
+    computes the layer again in the backward.
 
     Parameters
     ----------
@@ -91,6 +94,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
         self.embedding_norm = _peri_norm(config)
@@ -156,8 +160,13 @@ class Decoder(nn.Module):
         )
         if cache is not None:
             positions = positions.at(cache.positions_BS)
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            x_BSD = layer(x_BSD, positions, None if cache is None else cache.layer(index))
+            step = None if cache is None else cache.layer(index)
+            if again:
+                x_BSD = checkpoint(layer, x_BSD, positions, step, use_reentrant=False)
+            else:
+                x_BSD = layer(x_BSD, positions, step)
         normed: Tensor = self.norm(x_BSD)
         return normed
 
