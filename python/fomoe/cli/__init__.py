@@ -20,6 +20,7 @@ def _app() -> "typer.Typer":
     from fomoe.cli.build_info import build_info
     from fomoe.cli.demo import demo
     from fomoe.cli.export import export
+    from fomoe.cli.generate import generate
     from fomoe.cli.report import report
     from fomoe.cli.train import train
 
@@ -33,6 +34,7 @@ def _app() -> "typer.Typer":
     app.command()(train)
     app.command()(export)
     app.command()(report)
+    app.command()(generate)
     app.command()(demo)
     app.command()(bench)
     app.command(name="build-info")(build_info)
