@@ -9,6 +9,7 @@ T tokens, D model width, E experts, K experts per token.
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -129,19 +130,21 @@ class FusedGate(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Pickle looks a class up by name, and this one was made at run time.
-        return _new_router, (type(self).__bases__[1],), self.__dict__
+        return _new_router, (path_of(type(self).__bases__[1]),), self.__dict__
 
 
 @functools.cache
-def _fused_class(router_class: Any) -> type[FusedGate]:
-    family = ROUTERS[path_of(router_class)]
-    return type(f"Fused{router_class.__name__}", (FusedGate, router_class), {"family": family})
+def _fused_class(path: str) -> type[FusedGate]:
+    family = ROUTERS[path]
+    module, _, name = path.rpartition(".")
+    original = getattr(importlib.import_module(module), name)
+    return type(f"Fused{name}", (FusedGate, original), {"family": family})
 
 
-def _new_router(router_class: type[nn.Module]) -> FusedGate:
-    return object.__new__(_fused_class(router_class))
+def _new_router(path: str) -> FusedGate:
+    return object.__new__(_fused_class(path))
 
 
-def fuse(router: nn.Module) -> None:
+def fuse(router: Any) -> None:
     """Give a router of :data:`FAMILIES` our gate, in place."""
-    router.__class__ = _fused_class(type(router))
+    router.__class__ = _fused_class(path_of(type(router)))
