@@ -76,6 +76,7 @@ def configuration(name: str, **settings: Any) -> Any:
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     prefix, _ = MODELS[name]
+    torch.manual_seed(0)  # Qwen3-Next draws vectors
     model = getattr(transformers, f"{prefix}ForCausalLM")(configuration(name, **settings))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

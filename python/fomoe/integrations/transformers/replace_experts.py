@@ -63,11 +63,7 @@ def experts_forward(
     if reason is not None:
         raise ValueError(f"experts_implementation 'fomoe': {type(experts).__name__}: {reason}")
     w1, w2 = _weights(experts)
-    dtype = w1.dtype
-    device_type = hidden_states.device.type
-    # As torch's own autocast, which leaves float64 alone.
-    if torch.is_autocast_enabled(device_type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = _compute_dtype(hidden_states.device.type, w1.dtype)
     num_experts = w1.shape[0]
     expert_map = torch.arange(num_experts, dtype=torch.int32, device=hidden_states.device)
     routing = route(top_k_index.to(torch.int32), expert_map, num_experts)
@@ -108,6 +104,14 @@ def why_unfit(experts: nn.Module) -> str | None:
             f"{tuple(w2.shape)}, got {tuple(w1.shape)} of {w1.dtype}"
         )
     return None
+
+
+def _compute_dtype(device_type: str, dtype: torch.dtype) -> torch.dtype:
+    """As torch's own autocast, which leaves float64 alone; there is none on the meta device."""
+    is_available = torch.amp.is_autocast_available(device_type)
+    if is_available and torch.is_autocast_enabled(device_type) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return dtype
 
 
 def _weights(experts: Any) -> tuple[Tensor, Tensor]:
