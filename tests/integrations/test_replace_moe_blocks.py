@@ -9,6 +9,7 @@ import torch
 import transformers
 from tiny_models import MODELS, experts_of, pair, routers_of, tiny_model, tokens
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from fomoe.integrations.transformers import replace_moe_blocks
@@ -181,6 +182,11 @@ def quantise_weights(block):
     block.experts.down_proj = nn.Parameter(weight.to(torch.int8), requires_grad=False)
 
 
+def pack_weights(block):
+    weight = block.experts.gate_up_proj.detach()
+    block.experts.gate_up_proj = nn.Parameter(TwoTensor(weight, weight))
+
+
 def wrap_experts(block):
     block.experts = nn.Sequential(block.experts)
 
@@ -202,6 +208,10 @@ def part_experts(block):
     [
         (quantise_module, "layers.2.mlp.experts: expected one of .*Qwen3MoeExperts.* FP8Experts"),
         (quantise_weights, r"layers.2.mlp.experts: expected down_proj to have .* of torch.int8"),
+        (
+            pack_weights,
+            "layers.2.mlp.experts: expected gate_up_proj .* plain tensor, got TwoTensor",
+        ),
         (wrap_experts, r"layers.2.mlp.* beside Qwen3MoeTopKRouter, got experts \(Sequential\)"),
         (take_another_activation, "layers.2.mlp.experts: expected the activation silu, got GELU"),
         (take_another_router, "layers.2.mlp.experts: expected Qwen3MoeTopKRouter .* got none"),

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny_models import MODELS, configuration, pair, routers_of, tiny_model, tokens
+from tiny_models import MODELS, configuration, experts_of, pair, routers_of, tiny_model, tokens
 
 from fomoe.integrations.transformers import replace_moe_blocks
 from fomoe.integrations.transformers.replace_gates import FusedGate
@@ -117,6 +117,17 @@ def test_the_whole_model_compiles_as_one_graph(name):
 
 
 def test_autocast_computes_in_its_dtype():
+    experts = experts_of(tiny_model("mixtral", torch.float32, experts_implementation="fomoe"))[0]
+    x = torch.randn(4, 18, generator=torch.Generator().manual_seed(0))
+    ids, weights = torch.tensor([[0, 3], [2, 1], [4, 0], [1, 2]]), torch.full((4, 2), 0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, ids, weights)
+    expected = experts.to(torch.bfloat16)(x.bfloat16(), ids, weights)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, expected.float())
+
+
+def test_logits_under_autocast_differ_by_its_rounding():
     outputs = []
     for model in pair("mixtral", torch.float32):
         with torch.autocast("cpu", torch.bfloat16):
