@@ -91,7 +91,7 @@ def test_gradient_checkpointing_changes_no_gradient(name, use_reentrant):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
-            assert model.is_gradient_checkpointing
+            assert model.is_activation_checkpointing
         model.zero_grad()
         model(tokens(), labels=tokens(), use_cache=False).loss.backward()
         gradients.append({key: p.grad for key, p in model.named_parameters()})
