@@ -21,6 +21,7 @@ from fomoe.ops import _names
 from fomoe.ops._checks import FLOATS
 
 INDEX, LAYER, DATA = DOCS / "ops" / "README.md", DOCS / "layer.md", DOCS / "data.md"
+HUGGING_FACE = DOCS / "huggingface.md"
 OPS = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
 PAGES = {name: DOCS / "ops" / f"{name}.md" for name in OPS}
 SECTIONS = (
@@ -33,7 +34,7 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(DOCS))
 
 
-@pytest.mark.parametrize("page", [INDEX, *PAGES.values(), LAYER, DATA], ids=name_of)
+@pytest.mark.parametrize("page", [INDEX, *PAGES.values(), LAYER, DATA, HUGGING_FACE], ids=name_of)
 def test_snippets_print_what_the_page_says(page):
     assert run(page)
 

@@ -3,7 +3,7 @@
 
 import pytest
 import torch
-from tiny_models import MODELS, tiny_model
+from generation_models import MODELS, tiny_model
 
 from fomoe.generate import Generation, Sampling, generate, stream
 

@@ -3,5 +3,6 @@
 
 from fomoe.integrations.transformers.export import export_huggingface
 from fomoe.integrations.transformers.modeling import FomoeConfig, FomoeForCausalLM
+from fomoe.integrations.transformers.replace import replace_moe_blocks
 
-__all__ = ["FomoeConfig", "FomoeForCausalLM", "export_huggingface"]
+__all__ = ["FomoeConfig", "FomoeForCausalLM", "export_huggingface", "replace_moe_blocks"]
