@@ -11,14 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
-try:
-    from transformers.activations import SiLUActivation
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
-except ImportError as error:
-    raise ImportError(
-        "fomoe.integrations.transformers needs transformers >= 5.23: pip install 'fomoe[hf]'"
-    ) from error
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from fomoe.ops import expert_mlp, route
 
