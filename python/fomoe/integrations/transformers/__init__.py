@@ -2,7 +2,7 @@
 """fomoe in Hugging Face ``transformers`` (extra ``hf``)."""
 
 try:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as _  # since 5.23
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS as _  # noqa: F401  since 5.23
 except ImportError as error:
     raise ImportError(
         "fomoe.integrations.transformers needs transformers >= 5.23: pip install 'fomoe[hf]'"
