@@ -63,14 +63,16 @@ def test_train_gets_the_file_with_overrides_and_resume(config_file: Path, replac
 
 def test_export_report_and_demo_pass_their_arguments_on(replace):
     calls: list[Any] = []
-    replace("fomoe.federation.checkpoint", export=lambda *a: calls.append(a))
+    replace("fomoe.federation.export", export=lambda *a: calls.append(a))
     replace("fomoe.federation.report", write_report=lambda *a: calls.append(a))
     replace("fomoe.demo", run=lambda **k: calls.append(k) or {"verdicts": []})
     assert main(["export", "run", "model.safetensors"]) == 0
+    assert main(["export", "run", "model", "--format", "glm4-moe"]) == 0
     assert main(["report", "a", "b", "--output", "r.html"]) == 0
     assert main(["demo", "--folder", "x", "--seed", "5"]) == 0
     assert calls == [
-        (Path("run"), Path("model.safetensors")),
+        (Path("run"), Path("model.safetensors"), "fomoe"),
+        (Path("run"), Path("model"), "glm4-moe"),
         ([Path("a"), Path("b")], Path("r.html")),
         {"folder": Path("x"), "seed": 5, "overrides": []},
     ]

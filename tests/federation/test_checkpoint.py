@@ -183,6 +183,14 @@ def test_an_export_that_cannot_be_written_leaves_nothing(run, capsys):
     assert "cannot write /proc/model.safetensors" in capsys.readouterr().err
 
 
-def test_an_export_to_a_folder_ends_in_one_sentence(run, capsys):
-    assert main(["export", str(run / "run"), "."]) == 2
-    assert capsys.readouterr().err == "error: cannot write .: Is a directory\n"
+def test_an_export_to_a_folder_is_the_same_model(run):
+    assert main(["export", str(run / "run"), str(run / "exported")]) == 0
+    assert main(["export", str(run / "exported"), str(run / "again.safetensors")]) == 0
+    tokens = torch.arange(9).view(1, 9)
+    logits = [load_model(run / name)(tokens) for name in ("exported", "again.safetensors")]
+    assert torch.equal(*logits)
+
+
+def test_an_export_of_nothing_ends_in_one_sentence(run, capsys):
+    assert main(["export", str(run / "absent"), str(run / "out")]) == 2
+    assert "absent does not exist: expected a run folder or a model" in capsys.readouterr().err

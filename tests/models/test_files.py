@@ -86,7 +86,7 @@ def test_a_model_that_cannot_be_written_is_refused(model, tmp_path):
     with pytest.raises(UserError, match="a tokenizer needs a folder"):
         save_model(model, tmp_path / "m.safetensors", {"tokenizer.json": b""})
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write model .*file"):
+    with pytest.raises(UserError, match=r"cannot write .*file"):
         save_model(model, tmp_path / "file" / "m")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

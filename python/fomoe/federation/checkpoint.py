@@ -28,8 +28,7 @@ from torch import Tensor
 from fomoe.errors import UserError
 from fomoe.federation.health import RoutingHealth
 from fomoe.federation.placement import Placement
-from fomoe.files import cannot, make_folder, sync_file, sync_folder, write_whole
-from fomoe.models.files import model_header
+from fomoe.files import cannot, make_folder, sync_file, sync_folder
 
 __all__ = [
     "FORMAT_VERSION",
@@ -39,7 +38,6 @@ __all__ = [
     "Position",
     "Totals",
     "commit",
-    "export",
     "find_checkpoint",
     "fresh_incomplete_folder",
     "incomplete_folder",
@@ -306,23 +304,6 @@ class Checkpoint:
             missing = sorted(names - tensors.keys())
             raise UserError(f"{self.folder} lacks {len(missing)} tensors, first: {missing[0]}")
         return tensors
-
-
-def export(run: Path, out: Path) -> None:
-    """Write the assembled model of a run's latest checkpoint as one safetensors file.
-
-    Its header names the model's settings, so that :func:`fomoe.models.load_model` can rebuild it.
-
-    Raises
-    ------
-    UserError
-        When there is no whole checkpoint, or ``out`` cannot be written.
-    """
-    checkpoint = Checkpoint(find_checkpoint(run))
-    checkpoint.verify()
-    metadata = model_header(checkpoint.manifest["model"])
-    with _cannot_write(str(out)):
-        write_whole(out, lambda path: save_file(checkpoint.model(), path, metadata))
 
 
 def read_shards(paths: Iterable[Path], names: set[str] | None = None) -> dict[str, Tensor]:

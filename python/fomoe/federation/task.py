@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the federation trains: a model, its data and its loss, behind one small interface."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +15,15 @@ from fomoe.comm import ExpertExchange
 from fomoe.data import Batches, Batching, Source, StreamData, TextData, TrainingData
 from fomoe.errors import UserError
 from fomoe.federation.config import Config, ModelConfig
-from fomoe.models import Decoder, DecoderConfig, configuration
+from fomoe.files import cannot
+from fomoe.models import (
+    Decoder,
+    DecoderConfig,
+    configuration,
+    load_weights,
+    read_config,
+    read_tokenizer_files,
+)
 from fomoe.nn import MoE, auxiliary_loss, initialize
 
 __all__ = ["ExpertParallelTask", "LanguageModelTask", "Loss", "Task"]
@@ -33,7 +43,7 @@ class Task(Protocol):
     give every tensor the same initial value on every site that holds it.
     """
 
-    num_layers: int
+    num_layers: int  # those that have experts
     num_experts: int
 
     @property
@@ -90,7 +100,7 @@ class LanguageModelTask:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.model_config = _decoder_config(config.model)
-        self.num_layers = self.model_config.num_layers
+        self.num_layers = len(self.model_config.moe_layers)
         self.num_experts = self.model_config.num_experts
         self.data = _training_data(config)
         self._batches: dict[int, Batches] = {}
@@ -106,21 +116,37 @@ class LanguageModelTask:
 
     def check(self) -> None:
         if self.model_config.vocab_size < self.data.vocab_size:
+            name = "model.checkpoint: vocab_size" if self._checkpoint else "model.vocab_size"
             raise UserError(
-                f"model.vocab_size = {self.model_config.vocab_size} is smaller than the "
+                f"{name} = {self.model_config.vocab_size} is smaller than the "
                 f"{self.data.vocab_size} tokens of data.tokenizer = {self.config.data.tokenizer!r}"
             )
+        strategy = self.config.federation.strategy
+        if self.num_layers == 0 and strategy in ("fomoe", "ep"):
+            raise UserError(
+                f"federation.strategy = {strategy!r} needs a model with experts, but every layer "
+                "of this one is dense"
+            )
+        _check_tokenizer(self.config)
         self.data.check()
 
     def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
-        model = Decoder(self.model_config, residents)
-        initialize(model, self.config.training.seed)
-        return model
+        return self._with_first_weights(Decoder(self.model_config, residents))
 
     def build_expert_parallel_model(self, exchanges: Sequence[ExpertExchange]) -> nn.Module:
-        model = Decoder(self.model_config, exchanges=exchanges)
-        initialize(model, self.config.training.seed)
+        return self._with_first_weights(Decoder(self.model_config, exchanges=exchanges))
+
+    def _with_first_weights(self, model: Decoder) -> Decoder:
+        """Of the tensors that ``model`` holds alone."""
+        if self._checkpoint is None:
+            initialize(model, self.config.training.seed)
+        else:
+            load_weights(model, self._checkpoint)
         return model
+
+    @property
+    def _checkpoint(self) -> str | None:
+        return self.config.model.checkpoint
 
     def batch(self, site: int, step: int) -> Tensor:
         return torch.from_numpy(self._site_batches(site).batch(step))
@@ -186,9 +212,35 @@ def _training_data(config: Config) -> TrainingData:
     return StreamData(sources, data.tokenizer, data.separator, batching)
 
 
+def _check_tokenizer(config: Config) -> None:
+    """Data must be in the tokens of the model that is gone on from, as far as it knows them."""
+    checkpoint, data = config.model.checkpoint, config.data
+    known = read_tokenizer_files(checkpoint).get("tokenizer.json") if checkpoint else None
+    if known is None:
+        return
+    found = b"{}"
+    if data.sources and data.tokenizer:
+        with cannot(f"read data.tokenizer = {data.tokenizer!r}"):
+            found = Path(data.tokenizer).read_bytes()
+    try:
+        same = json.loads(known)["model"] == json.loads(found).get("model")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"model.checkpoint or data.tokenizer is no tokenizer: {error}") from error
+    if not same:
+        raise UserError(
+            f"model.checkpoint = {checkpoint!r} has tokens of its own: expected data.sources with "
+            f"data.tokenizer = {str(Path(checkpoint or '') / 'tokenizer.json')!r}, "
+            f"got {data.tokenizer!r}"
+        )
+
+
 def _decoder_config(settings: ModelConfig) -> DecoderConfig:
+    if settings.checkpoint is not None:
+        stored = read_config(settings.checkpoint)
+        chosen = "router" in settings.model_fields_set
+        return replace(stored, router=settings.router) if chosen else stored
     if settings.name is None:
-        values = settings.model_dump(exclude={"name"})
+        values = settings.model_dump(exclude={"name", "checkpoint"})
         try:
             return DecoderConfig(**values | {"capacity_factor": settings.capacity_factor or None})
         except ValueError as error:  # which begins with the name of the field

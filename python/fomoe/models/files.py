@@ -69,18 +69,18 @@ def save_model(
     path = Path(path)
     tensors = {name: tensor.cpu() for name, tensor in named_tensors(model)}
     if sum(tensor.numel() for tensor in tensors.values()) < parameter_count(model.config).total:
-        raise UserError(f"cannot write model {path}: expected all experts to be in the model")
+        raise UserError(f"cannot write {path}: expected all experts to be in the model")
     if path.suffix == ".safetensors" and tokenizer:
-        raise UserError(f"cannot write model {path}: a tokenizer needs a folder to be in")
+        raise UserError(f"cannot write {path}: a tokenizer needs a folder to be in")
     file = model_file(path)
     header = model_header(model.config.to_dict())
     try:
-        with cannot(f"write model {path}"):
+        with cannot(f"write {path}"):
             for name, content in (tokenizer or {}).items():
                 write_whole(path / name, partial(Path.write_bytes, data=content))
             write_whole(file, partial(save_file, tensors, metadata=header))
     except SafetensorError as error:  # how it reports a full disk
-        raise UserError(f"cannot write model {path}: {error}") from error
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def load_model(

@@ -61,7 +61,7 @@ class Config(Section):
                 f"run's {steps} steps (federation.rounds = {federation.rounds} times "
                 f"federation.local_steps = {federation.local_steps})"
             )
-        if model.name is None and model.num_experts * federation.overlap % federation.sites:
+        if not model.is_named and model.num_experts * federation.overlap % federation.sites:
             raise ValueError(
                 f"model.num_experts = {model.num_experts} times "
                 f"federation.overlap = {federation.overlap} is not divisible by "
@@ -108,7 +108,7 @@ class Config(Section):
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON-able values, for manifests; `from_dict` gives an equal Config."""
         settings = self.model_dump(mode="json")
-        if self.model.name is not None:
+        if self.model.is_named:
             settings["model"] = {key: settings["model"][key] for key in self.model.model_fields_set}
         return settings
 

@@ -5,18 +5,32 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from fomoe.federation.config.section import Count, CountOrZero, NotNegative, Positive, Section
+from fomoe.federation.config.section import (
+    Count,
+    CountOrZero,
+    NotNegative,
+    Positive,
+    Section,
+    Text,
+)
 
 __all__ = ["ModelConfig"]
 
+# What names a whole model, and what may be set beside it.
+_NAMED = {"name": ("vocab_size", "router"), "checkpoint": ("router",)}
+
 
 class ModelConfig(Section):
-    """The decoder: the fields of fomoe.models.DecoderConfig, or `name`, one of its named ones.
+    """The decoder: the fields of fomoe.models.DecoderConfig, or `name`, one of its named ones, or
+    `checkpoint`, a model to go on from.
 
-    With `name`, only `vocab_size` and `router` may be set beside it, and win over the named one's.
+    With `name`, only `vocab_size` and `router` may be set beside it, with `checkpoint` only
+    `router`; they win over what is named.
     """
 
     name: str | None = None
+    checkpoint: Annotated[Text, Field(min_length=1)] | None = None
+    """A model file, or the folder of one, whose weights every site starts from."""
     vocab_size: Annotated[int, Field(ge=256)] = 256
     dim: Count = 256
     num_layers: Count = 4
@@ -33,6 +47,7 @@ class ModelConfig(Section):
     activation: Literal["swiglu", "silu"] = "swiglu"
     router: Literal["full", "partitioned"] = "full"
     """partitioned: a site scores its residents only, and no token skips an expert."""
+    router_bias: bool = False
     num_groups: Count = 1
     top_k_groups: Count = 1
     group_score: Literal["max", "top2_sum"] = "max"
@@ -44,6 +59,13 @@ class ModelConfig(Section):
     scale: Positive = 1.0
     shared_expert_dim: CountOrZero = 0
     shared_expert_gate: bool = False
+    dense_layers: Annotated[tuple[CountOrZero, ...], Field(strict=False)] = ()
+    """Layers, from 0, with a feed-forward block of width `dense_dim` instead of experts."""
+    dense_dim: CountOrZero = 0
+    qkv_bias: bool = False
+    attention_output_bias: bool = False
+    head_norm: bool = False
+    sliding_window: CountOrZero = 0
     norm: Literal["pre", "peri"] = "pre"
     residual_scale: Positive = 1.0
     tie_embeddings: bool = True
@@ -52,15 +74,22 @@ class ModelConfig(Section):
     balance_loss_coefficient: NotNegative = 1e-2
     z_loss_coefficient: NotNegative = 1e-3
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the shape is elsewhere, and the fields here mean nothing unless they are set."""
+        return any(getattr(self, key) is not None for key in _NAMED)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.name is not None:
-            others = sorted(self.model_fields_set - {"name", "vocab_size", "router"})
-            if others:
+        for key, beside in _NAMED.items():
+            value = getattr(self, key)
+            others = sorted(self.model_fields_set - {key, *beside})
+            if value is not None and others:
                 raise ValueError(
-                    f"model.name = {self.name!r} fixes the model, "
+                    f"model.{key} = {value!r} fixes the model, "
                     f"so model.{others[0]} cannot be set as well"
                 )
+        if self.is_named:
             return self
         if "head_dim" not in self.model_fields_set and self.dim % self.num_heads:
             raise ValueError(

@@ -5,35 +5,55 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import GenerationConfig
 
 from fomoe.errors import UserError
 from fomoe.files import cannot, make_folder, sync_file, sync_folder
+from fomoe.integrations.transformers.glm4_moe import glm4_moe
 from fomoe.integrations.transformers.modeling import FomoeConfig, FomoeForCausalLM
 from fomoe.models import Decoder
 
 __all__ = ["export_huggingface"]
 
 
-def export_huggingface(model: Decoder, folder: Path, tokenizer: Mapping[str, bytes]) -> None:
-    """Write ``model`` and its tokenizer's files as a folder that transformers reads after ``import
-    fomoe.integrations.transformers``; the folder appears when it is whole.
+def export_huggingface(
+    model: Decoder,
+    folder: Path,
+    tokenizer: Mapping[str, bytes],
+    architecture: Literal["fomoe", "glm4-moe"] = "fomoe",
+) -> None:
+    """Write ``model`` and its tokenizer's files as a folder that transformers reads; it appears
+    when it is whole.
+
+    Parameters
+    ----------
+    architecture : str
+        "fomoe", the same model, is read after ``import fomoe.integrations.transformers``;
+        "glm4-moe", see :mod:`fomoe.integrations.transformers.glm4_moe`, needs nothing of ours.
 
     Raises
     ------
     UserError
-        When there is something at ``folder``, or it cannot be written.
+        When there is something at ``folder``, it cannot be written, or the architecture has not a
+        setting of the model.
     """
     if folder.exists():
         raise UserError(f"{folder} exists: expected the name of a folder to make")
+    theirs = glm4_moe(model) if architecture == "glm4-moe" else _wrapped(model)
+    stored = json.loads(tokenizer.get("generation_config.json", b"{}"))
+    caches = architecture == "glm4-moe"
+    theirs.generation_config = GenerationConfig.from_dict({**stored, "use_cache": caches})
     partial = folder.with_name(f".{folder.name}.incomplete")
     with cannot(f"write {folder}"):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             make_folder(partial)
-            _write(model, partial, tokenizer)
+            for name, content in tokenizer.items():
+                (partial / name).write_bytes(content)
+            theirs.save_pretrained(partial)
             for path in partial.iterdir():
                 sync_file(path)
             sync_folder(partial)
@@ -43,12 +63,8 @@ def export_huggingface(model: Decoder, folder: Path, tokenizer: Mapping[str, byt
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write(model: Decoder, folder: Path, tokenizer: Mapping[str, bytes]) -> None:
+def _wrapped(model: Decoder) -> FomoeForCausalLM:
     with torch.device("meta"):
         wrapper = FomoeForCausalLM(FomoeConfig(fomoe_model=model.config.to_dict()))
     wrapper.model = model
-    stored = json.loads(tokenizer.get("generation_config.json", b"{}"))
-    wrapper.generation_config = GenerationConfig.from_dict({**stored, "use_cache": False})
-    for name, content in tokenizer.items():
-        (folder / name).write_bytes(content)
-    wrapper.save_pretrained(folder)
+    return wrapper

@@ -10,7 +10,7 @@ from torch import Tensor
 from fomoe.errors import UserError
 from fomoe.models.decoder import Decoder
 
-__all__ = ["copy_weights", "require_fitting", "tensors_by_their_name"]
+__all__ = ["copy_weights", "parts_by_their_name", "require_fitting"]
 
 _MODEL = {
     "embedding": "model.embed_tokens",
@@ -30,28 +30,29 @@ _LAYER = {
 
 
 def tensors_by_their_name(model: Decoder) -> dict[str, Tensor]:
-    """Views of the parameters of a decoder of dense layers, by their names in Hugging Face models.
+    """Views of the parameters of a dense decoder, by their names in Hugging Face models."""
+    views: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        views |= parts_by_their_name(name, parameter.detach())
+    return views
+
+
+def parts_by_their_name(name: str, value: Tensor) -> dict[str, Tensor]:
+    """The views that Hugging Face models have of a parameter that is no expert's or router's.
 
     The halves of a feed-forward's w1 are its gate_proj and up_proj.
     """
-    views: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach()
-        module, _, kind = name.rpartition(".")
-        if module in _MODEL:
-            views[f"{_MODEL[module]}.{kind}"] = value
-            continue
-        _, layer, part = module.split(".", maxsplit=2)
-        prefix = f"model.layers.{layer}"
-        if kind == "w1":
-            views[f"{prefix}.mlp.gate_proj.weight"], views[f"{prefix}.mlp.up_proj.weight"] = (
-                value.chunk(2)
-            )
-        elif kind == "w2":
-            views[f"{prefix}.mlp.down_proj.weight"] = value
-        else:
-            views[f"{prefix}.{_LAYER[part]}.{kind}"] = value
-    return views
+    module, _, kind = name.rpartition(".")
+    if module in _MODEL:
+        return {f"{_MODEL[module]}.{kind}": value}
+    _, layer, part = module.split(".", maxsplit=2)
+    prefix = f"model.layers.{layer}"
+    if kind == "w1":
+        gate, up = value.chunk(2)
+        return {f"{prefix}.mlp.gate_proj.weight": gate, f"{prefix}.mlp.up_proj.weight": up}
+    if kind == "w2":
+        return {f"{prefix}.mlp.down_proj.weight": value}
+    return {f"{prefix}.{_LAYER[part]}.{kind}": value}
 
 
 def require_fitting(

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model that a run's sites have trained in one piece, for fomoe or for transformers."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from fomoe.errors import UserError
+from fomoe.federation.checkpoint import Checkpoint, find_checkpoint, read_shards
+from fomoe.files import cannot
+from fomoe.models import Decoder, DecoderConfig, load_model, read_tokenizer_files, save_model
+from fomoe.models.files import MODEL_FILE
+from fomoe.nn import named_tensors
+
+__all__ = ["assemble", "export"]
+
+
+def export(
+    source: Path, out: Path, to: Literal["fomoe", "huggingface", "glm4-moe"] = "fomoe"
+) -> None:
+    """Write the model of a run, or a model, in the format ``to``.
+
+    Parameters
+    ----------
+    source : Path
+        A run folder, a checkpoint, a model file, or the folder of one.
+    out : Path
+        A folder, with the tokenizer's files if any are known; for "fomoe", a file if it ends in
+        ``.safetensors``.
+    to : str
+        For :func:`fomoe.models.load_model`, or one of the two formats of
+        :func:`fomoe.integrations.transformers.export_huggingface`.
+
+    Raises
+    ------
+    UserError
+        When ``source`` is none of these, ``out`` cannot be written or, for transformers, is there,
+        or the format has not a setting of the model.
+    """
+    if to != "fomoe" and importlib.util.find_spec("transformers") is None:
+        raise UserError(f"--format {to}: expected transformers: pip install 'fomoe[hf]'")
+    if to != "fomoe" and out.exists():
+        raise UserError(f"{out} exists: expected the name of a folder to make")
+    if not source.exists():
+        raise UserError(f"{source} does not exist: expected a run folder or a model")
+    is_run = source.is_dir() and not (source / MODEL_FILE).exists()
+    if is_run:
+        model, tokenizer = assemble(source)
+    else:
+        model, tokenizer = load_model(source), read_tokenizer_files(source)
+    if to == "fomoe":
+        save_model(model, out, None if out.suffix == ".safetensors" else tokenizer)
+        return
+    from fomoe.integrations.transformers import export_huggingface
+
+    export_huggingface(model, out, tokenizer, "fomoe" if to == "huggingface" else to)
+
+
+def assemble(run: Path) -> tuple[Decoder, dict[str, bytes]]:
+    """The model of a run's latest checkpoint, or of a checkpoint, and its tokenizer's files.
+
+    The tokenizer is that of ``model.checkpoint``, else ``data.tokenizer``; none for bytes, or if it
+    is no longer there. Takes the memory of the model and of what one site has written of it.
+
+    Raises
+    ------
+    UserError
+        When there is no whole checkpoint, or it is not of a decoder.
+    """
+    checkpoint = Checkpoint(find_checkpoint(run))
+    checkpoint.verify()
+    try:
+        config = DecoderConfig.from_dict(checkpoint.manifest["model"])
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{checkpoint.folder} is not of a decoder: {error}") from error
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    missing = dict(named_tensors(model))
+    for record in checkpoint.files:
+        if record.kind == "model":
+            for name, value in read_shards([checkpoint.folder / record.name]).items():
+                missing.pop(name).copy_(value)
+    if missing:
+        first = min(missing)
+        raise UserError(f"{checkpoint.folder} lacks {len(missing)} tensors, first: {first}")
+    return model.eval(), _tokenizer(checkpoint.manifest["config"])
+
+
+def _tokenizer(settings: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+    start = settings["model"].get("checkpoint")
+    if start is not None and (files := read_tokenizer_files(start)):
+        return files
+    path = Path(settings["data"]["tokenizer"])
+    if not path.is_file():
+        return {}
+    with cannot(f"read data.tokenizer {path}"):
+        return {"tokenizer.json": path.read_bytes()}
