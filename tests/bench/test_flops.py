@@ -28,8 +28,16 @@ def test_flops_of_a_small_decoder_by_hand():
         attention=3 * (384 + 64),
         router=3 * (2 * 8 * 6),
         experts=3 * (2 * 3 * 2 * 8 * 5),
+        dense=0,
         unembedding=2 * 8 * 11,
     )
+
+
+def test_a_dense_layer_has_the_flops_of_its_feed_forward_and_no_router():
+    flops = decoder_flops(replace(SMALL, dense_layers=(1,), dense_dim=7), sequence_length=3)
+    assert flops.dense == 2 * 3 * 8 * 7
+    assert flops.router == 2 * (2 * 8 * 6)
+    assert flops.experts == 2 * (2 * 3 * 2 * 8 * 5)
 
 
 def test_experts_of_two_matrices_take_two_thirds():

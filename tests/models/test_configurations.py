@@ -73,6 +73,19 @@ def test_an_activation_with_a_gate_has_a_third_matrix(activation):
     assert parameter_count(config).total == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("norm", ["pre", "peri"])
+def test_the_closed_form_counts_biases_head_norms_and_dense_layers(norm):
+    config = replace(
+        configuration("tiny"), num_layers=3, dense_layers=(0, 2), dense_dim=48, qkv_bias=True,
+        attention_output_bias=True, head_norm=True, router_bias=True, shared_expert_dim=8,
+        norm=norm,
+    )  # fmt: skip
+    count, model = parameter_count(config), Decoder(config)
+    assert count.total == sum(p.numel() for p in model.parameters())
+    assert count.dense == sum(p.numel() for n, p in model.named_parameters() if "feed_f" in n)
+    assert count.router == 16 * 64 + 16
+
+
 def test_the_papers_sizes_scale_residuals_by_depth():
     assert configuration("fomoe-54m").residual_scale == 1.0
     assert configuration("fomoe-104b").residual_scale == 4 / 512

@@ -2,13 +2,14 @@
 """The decoder's structure: names, norms, residuals, residency, and that it learns."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fomoe.models import Decoder, DecoderConfig, configuration
+from fomoe.models import Decoder, DecoderConfig, FeedForward, RopeScaling, configuration
 from fomoe.models.attention import rotation
 from fomoe.models.normalization import RMSNorm
 from fomoe.nn import auxiliary_loss, initialize
@@ -72,6 +73,56 @@ def test_parameter_names_of_a_peri_norm_model_in_order():
         *(f"layers.1.{name}" for name in layer),
         "norm.weight",
     ]
+
+
+def test_a_dense_layer_has_a_feed_forward_in_place_of_experts():
+    model = decoder(dense_layers=(0,), dense_dim=5)
+    names = [name for name, _ in model.named_parameters()]
+    dense = [*LAYER[:6], "feed_forward.w1", "feed_forward.w2"]
+    assert names[1:-1] == [
+        *(f"layers.0.{name}" for name in dense),
+        *(f"layers.1.{name}" for name in LAYER),
+    ]
+    assert model.layers[0].moe is None
+    assert model.layers[1].feed_forward is None
+    assert model.layers[0].feed_forward.w1.shape == (10, 8)
+
+
+def test_a_feed_forward_is_the_written_out_swiglu():
+    block = FeedForward(dim=2, width=2)
+    with torch.no_grad():
+        block.w1.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]))
+        block.w2.copy_(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    # Gates (1, -1), ups (2, -3): hidden (2 silu(1), -3 silu(-1)).
+    first, second = 2 * F.silu(torch.tensor(1.0)), -3 * F.silu(torch.tensor(-1.0))
+    torch.testing.assert_close(
+        block(torch.tensor([1.0, -1.0])), torch.stack([first + second, second])
+    )
+
+
+def test_residents_are_given_for_the_layers_that_have_experts():
+    model = decoder([[0, 3], [1]], num_layers=3, dense_layers=(1,), dense_dim=5)
+    assert model.layers[0].moe.experts.expert_ids == (0, 3)
+    assert model.layers[2].moe.experts.expert_ids == (1,)
+    with pytest.raises(ValueError, match="one for each of 2 layers, got 3"):
+        decoder([[0]] * 3, num_layers=3, dense_layers=(1,), dense_dim=5)
+    with pytest.raises(ValueError, match="layer 2: resident_experts"):
+        decoder([[0], [4]], num_layers=3, dense_layers=(1,), dense_dim=5)
+
+
+def test_a_dense_model_has_no_auxiliary_loss():
+    model = decoder(dense_layers=(0, 1), dense_dim=5)
+    assert model(tokens()).shape == (2, 7, 11)
+    assert auxiliary_loss(model) == 0
+
+
+def test_a_configuration_comes_back_from_json():
+    config = replace(
+        CONFIG, dense_layers=(1,), dense_dim=5, router_bias=True, capacity_factor=1.5,
+        rope_scaling=RopeScaling(kind="linear", factor=2.0),
+    )  # fmt: skip
+    assert DecoderConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert DecoderConfig.from_dict(CONFIG.to_dict()) == CONFIG
 
 
 def test_shapes_follow_the_heads_and_the_residents():
@@ -211,6 +262,13 @@ def test_residents_that_do_not_fit_name_their_layer():
         ({"residual_scale": 0}, "residual_scale: expected a finite number above 0, got 0"),
         ({"rope_theta": float("inf")}, "rope_theta: expected a finite number above 0, got inf"),
         ({"top_k": 5}, "top_k: expected at most num_experts = 4, got 5"),
+        ({"head_norm": 1}, "head_norm: expected true or false, got 1"),
+        ({"sliding_window": -1}, "sliding_window: expected an integer of at least 0, got -1"),
+        ({"rope_scaling": 2.0}, "rope_scaling: expected a RopeScaling, got 2.0"),
+        ({"dense_layers": (2,), "dense_dim": 5}, r"ascending layers in \[0, 2\), got \(2,\)"),
+        ({"dense_layers": (1, 0), "dense_dim": 5}, r"ascending layers in \[0, 2\), got \(1, 0\)"),
+        ({"dense_layers": (0,)}, "dense_dim: expected at least 1, got 0"),
+        ({"dense_dim": 5}, "dense_dim: expected 0, as there are no dense_layers, got 5"),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused(changes, message):

@@ -19,7 +19,7 @@ def dense_loop(moe: MoE, x: Tensor) -> Tensor:
     for token in x:
         y = torch.zeros_like(token)
         logits = moe.router.weight @ token
-        if config.has_bias:
+        if moe.router.bias is not None:
             logits = logits + moe.router.bias
         chosen = _choose(moe, logits.tolist(), candidates)
         for expert, weight in zip(chosen, _weights(moe, logits, chosen, candidates), strict=True):

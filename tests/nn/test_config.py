@@ -19,6 +19,11 @@ GROUPS = {"num_groups": 3, "top_k_groups": 2}
         ({"top_k": 7}, "top_k: expected at most num_experts = 6, got 7"),
         ({"activation": "relu"}, "activation: expected one of swiglu, silu, swiglu_clamped, got "),
         ({"has_bias": 0}, "has_bias: expected true or false, got 0"),
+        ({"router_bias": 0}, "router_bias: expected true or false, got 0"),
+        (
+            {"router_bias": True, "has_bias": True},
+            "router_bias: expected false, as has_bias includes it",
+        ),
         ({"router": "half"}, "router: expected one of full, partitioned, got 'half'"),
         ({"num_groups": 0}, "num_groups: expected an integer of at least 1, got 0"),
         ({"num_groups": 4}, "num_groups: expected a divisor of num_experts = 6, got 4"),

@@ -63,6 +63,7 @@ VARIANTS = {
     "gpt-oss": {"activation": "swiglu_clamped", "score_after_top_k": True, "has_bias": True},
     "qwen2": {"shared_expert_dim": 3, "shared_expert_gate": True},
     "biased shared silu": {"activation": "silu", "has_bias": True, "shared_expert_dim": 3},
+    "converted": {"score": "unit", "router_bias": True, "shared_expert_dim": 3},
     "switch": {"top_k": 1, "capacity_factor": 1.25},
     "capacity": {"score": "sigmoid", "capacity_factor": 0.5, "bias_update_rate": 1e-3},
 }  # fmt: skip

@@ -13,11 +13,12 @@ class Flops:
     attention: int  # projections and scores
     router: int
     experts: int
+    dense: int  # feed-forward blocks of dense layers
     unembedding: int
 
     @property
     def total(self) -> int:
-        return self.attention + self.router + self.experts + self.unembedding
+        return self.attention + self.router + self.experts + self.dense + self.unembedding
 
     @property
     def expert_share(self) -> float:
@@ -41,10 +42,12 @@ def decoder_flops(config: DecoderConfig, sequence_length: int) -> Flops:
     scores = 2 * config.num_heads * config.head_dim * (sequence_length + 1)
     num_matrices = 2 if config.activation == "silu" else 3
     experts = 2 * num_matrices * config.top_k * config.dim * config.expert_dim
+    num_moe = len(config.moe_layers)
     return Flops(
         attention=config.num_layers * (projections + scores),
-        router=config.num_layers * 2 * config.dim * config.num_experts,
-        experts=config.num_layers * experts,
+        router=num_moe * 2 * config.dim * config.num_experts,
+        experts=num_moe * experts,
+        dense=len(config.dense_layers) * 6 * config.dim * config.dense_dim,
         unembedding=2 * config.dim * config.vocab_size,
     )
 

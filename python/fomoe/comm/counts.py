@@ -2,15 +2,35 @@
 """How many rows travel where: everything that follows from the counts all ranks exchange first."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from fomoe.comm.topology import Stage, Topology
 
-__all__ = ["FixedCounts", "RowCounts"]
+__all__ = ["Counts", "FixedCounts", "RowCounts"]
 
 
-class RowCounts:
-    """The rows that one rank sends and receives in both stages.
+class Counts(ABC):
+    """The rows that one rank sends and receives in both stages, on the way there."""
+
+    topology: Topology
+    rank: int
+
+    def sent(self, stage: Stage) -> list[int]:
+        """Rows from here to every member of the stage's group."""
+        return [self._rows(stage, self.rank, to) for to in self.topology.group(self.rank, stage)]
+
+    def received(self, stage: Stage) -> list[int]:
+        """Rows from every member of the stage's group."""
+        members = self.topology.group(self.rank, stage)
+        return [self._rows(stage, source, self.rank) for source in members]
+
+    @abstractmethod
+    def _rows(self, stage: Stage, source: int, to: int) -> int: ...
+
+
+class RowCounts(Counts):
+    """Counts that follow from the data.
 
     Parameters
     ----------
@@ -26,15 +46,6 @@ class RowCounts:
         self.rank = rank
         self.matrix = matrix
 
-    def sent(self, stage: Stage) -> list[int]:
-        """Rows from here to every member of the stage's group, on the way there."""
-        return [self._rows(stage, self.rank, to) for to in self.topology.group(self.rank, stage)]
-
-    def received(self, stage: Stage) -> list[int]:
-        return [
-            self._rows(stage, source, self.rank) for source in self.topology.group(self.rank, stage)
-        ]
-
     def _rows(self, stage: Stage, source: int, to: int) -> int:
         topology = self.topology
         site = topology.site_of(to)
@@ -46,8 +57,8 @@ class RowCounts:
         return self.matrix[source][site]
 
 
-class FixedCounts:
-    """The same for messages of a fixed size, whatever the data.
+class FixedCounts(Counts):
+    """Counts for messages of a fixed size, whatever the data.
 
     Parameters
     ----------
@@ -66,14 +77,6 @@ class FixedCounts:
         num_sources = max(len(topology.sources(r)) for r in topology.group(rank, "intra_node"))
         num_held = num_tokens + num_sources * self.capacity["inter_site"]
         self.capacity["intra_node"] = math.ceil(factor * num_held)
-
-    def sent(self, stage: Stage) -> list[int]:
-        return [self._rows(stage, self.rank, to) for to in self.topology.group(self.rank, stage)]
-
-    def received(self, stage: Stage) -> list[int]:
-        return [
-            self._rows(stage, source, self.rank) for source in self.topology.group(self.rank, stage)
-        ]
 
     def _rows(self, stage: Stage, source: int, to: int) -> int:
         if stage == "inter_site" and source not in self.topology.sources(to):

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fomoe.comm.counts import FixedCounts, RowCounts
+from fomoe.comm.counts import Counts, FixedCounts, RowCounts
 from fomoe.comm.message import RowFormat
 from fomoe.comm.padding import pad, unpad
 from fomoe.comm.topology import LinkClass, Stage
@@ -34,7 +34,6 @@ __all__ = ["Dispatched", "ExpertExchange", "Trip", "exchange_of"]
 _exchanges: "weakref.WeakValueDictionary[int, ExpertExchange]" = weakref.WeakValueDictionary()
 _handles = itertools.count()
 _Group = Literal["other site", "rank", "rank here"]
-_Rows = RowCounts | FixedCounts
 _BY_SIZE = (torch.float64, torch.float32, torch.bfloat16)
 
 
@@ -240,14 +239,14 @@ class ExpertExchange:
                         f"got {mine} on rank {self.rank} and {other} on rank {rank}"
                     )
 
-    def _hold(self, message: Tensor, to_sites: Routing, rows: _Rows, filler: Tensor) -> Tensor:
+    def _hold(self, message: Tensor, to_sites: Routing, rows: Counts, filler: Tensor) -> Tensor:
         """The message with the rows that arrive from other sites after it."""
         if self.topology.num_sites == 1:
             return message
         return torch.cat([message, self._there("inter_site", message, to_sites, rows, filler)])
 
     def _there(
-        self, stage: Stage, message: Tensor, routing: Routing, rows: _Rows, filler: Tensor
+        self, stage: Stage, message: Tensor, routing: Routing, rows: Counts, filler: Tensor
     ) -> Tensor:
         """Rows of bytes along the routing; returns those that arrive."""
         packed = _permute_bytes(message, routing)
@@ -258,7 +257,7 @@ class ExpertExchange:
         return self._all_to_all(stage, packed[: sum(sent)], sent, rows.received(stage))
 
     def _back(
-        self, stage: Stage, parts: Sequence[Tensor], routing: Routing, rows: _Rows
+        self, stage: Stage, parts: Sequence[Tensor], routing: Routing, rows: Counts
     ) -> list[Tensor]:
         """Rows against the routing; returns their sums."""
         row = RowFormat.of(parts)
@@ -294,7 +293,7 @@ class ExpertExchange:
     def _count(self, link: LinkClass, num_bytes: int) -> None:
         self.bytes_sent[link] += num_bytes
 
-    def _rows(self, counts: Tensor, num_tokens: int) -> _Rows:
+    def _rows(self, counts: Tensor, num_tokens: int) -> Counts:
         if self.capacity_factor is not None:
             return FixedCounts(self.topology, self.rank, num_tokens, self.capacity_factor)
         return RowCounts(self.topology, self.rank, counts.tolist())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -110,9 +111,9 @@ def _print(console: Console, result: dict[str, Any]) -> None:
         "\nghosts",
     ):
         table.add_column(name, justify="right", no_wrap=True)
-    ddp_bytes = max(runs["ddp"]["bytes_per_site"])
+    ddp_bytes = fmean(runs["ddp"]["bytes_per_site"])
     for strategy, summary in runs.items():
-        sent = max(summary["bytes_per_site"])
+        sent = fmean(summary["bytes_per_site"])
         memory = summary["memory_per_site"]
         table.add_row(
             strategy,
@@ -129,7 +130,7 @@ def _print(console: Console, result: dict[str, Any]) -> None:
     console.print(
         f"loss: of the assembled model, nats per byte of validation text; the text's bigram "
         f"entropy is {result['bigram_entropy']:.3f}.\n"
-        "sent: to other sites, whole run. tensors: weights, gradients, optimizer, exchange. "
+        "sent: to other sites, whole run, mean. tensors: weights, gradients, optimizer, exchange. "
         "RSS: the process with its libraries.\n"
         f"text: {human_bytes(any_run['corpus_bytes'])}, SHA-256 {result['corpus_sha256'][:12]}; "
         f"seed {result['seed']}; commit {result['commit'][:12]}; "

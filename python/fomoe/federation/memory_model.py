@@ -2,9 +2,10 @@
 """How many bytes of tensors a site needs, from the shapes and the settings alone.
 
 Of the model parts are shared (S elements, on every site), expert tensors (X elements per expert)
-and router rows (D elements per expert). A site holds h and owns o of the experts; P is what it
-holds, S + h X + its router rows, and O what it owns, about S / sites + o (X + D). fp32 throughout:
-4 bytes per element, of which mixed precision makes copies only while a layer computes.
+and router rows (D elements per expert, D + 1 with a router bias). A site holds h and owns o of the
+experts; P is what it holds, S + h X + its router rows, and O what it owns, about
+S / sites + o (X + D). fp32 throughout: 4 bytes per element, of which mixed precision makes copies
+only while a layer computes.
 
 ==================  ============================================================================
 parameters          4 P; a router has memory for all E rows, also for those that are nobody's here
@@ -58,7 +59,7 @@ def site_memory(
     groups = list(_groups(model, federation, placement, site))
     held = sum(group.elements for group in groups)
     rows_of_nobody = _ghosts(model, placement, site) if model.router == "partitioned" else 0
-    allocated = held + rows_of_nobody * model.dim
+    allocated = held + rows_of_nobody * sum(_router_sizes(model))
     room, owned = sum(group.room for group in groups), sum(group.owned for group in groups)
     keeps_state = not federation.meets_every_step
     momentum = 4 * owned if keeps_state and federation.outer == "nesterov" else 0
@@ -80,14 +81,14 @@ def paper_bytes(model: DecoderConfig, placement: Placement, site: int) -> int:
     """What the FoMoE paper's model says of the same parameters."""
     held = parameter_count(model, placement.residents(site)).total
     if model.router == "partitioned":
-        held -= _ghosts(model, placement, site) * model.dim
+        held -= _ghosts(model, placement, site) * sum(_router_sizes(model))
     return _PAPER_BYTES_PER_PARAMETER * held
 
 
 def _ghosts(model: DecoderConfig, placement: Placement, site: int) -> int:
     """Experts that are not on a site, over all layers."""
     held = sum(len(experts) for experts in placement.residents(site))
-    return model.num_layers * model.num_experts - held
+    return len(model.moe_layers) * model.num_experts - held
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +121,10 @@ def _groups(
         for expert, holders in enumerate(experts):
             owns = placement.owner(layer, expert) == site
             if site in holders:
-                sizes = _expert_sizes(model) + ([] if full else [model.dim])
+                sizes = _expert_sizes(model) + ([] if full else _router_sizes(model))
                 yield _expert_group(codec, sizes, len(holders), owns)
             if full:
-                yield _expert_group(codec, [model.dim], sites, owns)
+                yield _expert_group(codec, _router_sizes(model), sites, owns)
 
 
 def _expert_group(codec: str, sizes: Sequence[int], receivers: int, owns: bool) -> _Group:
@@ -146,23 +147,39 @@ def _encoded(codec: str, num_elements: int) -> int:
 
 def _shared_sizes(model: DecoderConfig) -> list[int]:
     """Elements of every tensor that is no expert's."""
-    attention = [model.num_heads, model.num_kv_heads, model.num_kv_heads, model.num_heads]
+    inputs = [heads * model.head_dim for heads in _input_heads(model)]
+    layer = [size * model.dim for size in inputs] + [inputs[0] * model.dim]
+    layer += inputs if model.qkv_bias else []
+    layer += [model.dim] if model.attention_output_bias else []
+    layer += [model.head_dim] * 2 if model.head_norm else []
+    layer += [model.dim] * (4 if model.norm == "peri" else 2)
     sizes = [model.vocab_size * model.dim] * (1 if model.tie_embeddings else 2)
-    sizes += [heads * model.head_dim * model.dim for heads in attention] * model.num_layers
-    peri = model.norm == "peri"
-    norms = 4 * model.num_layers + 2 if peri else 2 * model.num_layers + 1
-    sizes += [model.dim] * norms
+    sizes += [model.dim] * (2 if model.norm == "peri" else 1)
+    sizes += layer * model.num_layers
+    dense = model.dense_dim * model.dim
+    sizes += [2 * dense, dense] * len(model.dense_layers)
     if model.shared_expert_dim > 0:
         width = model.shared_expert_dim * model.dim
-        sizes += [_matrices(model) * width, width] * model.num_layers
-        sizes += [model.dim] * model.num_layers if model.shared_expert_gate else []
+        shared = [_matrices(model) * width, width]
+        shared += [model.dim] if model.shared_expert_gate else []
+        sizes += shared * len(model.moe_layers)
     return sizes
+
+
+def _input_heads(model: DecoderConfig) -> list[int]:
+    """Heads of the projections to queries, keys and values."""
+    return [model.num_heads, model.num_kv_heads, model.num_kv_heads]
 
 
 def _expert_sizes(model: DecoderConfig) -> list[int]:
     """Elements of the first matrix, with a gate's rows, and of the second."""
     size = model.expert_dim * model.dim
     return [_matrices(model) * size, size]
+
+
+def _router_sizes(model: DecoderConfig) -> list[int]:
+    """Elements of an expert's row of the router, and of its bias."""
+    return [model.dim, 1] if model.router_bias else [model.dim]
 
 
 def _matrices(model: DecoderConfig) -> int:

@@ -102,7 +102,7 @@ class LanguageModelTask:
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        return asdict(self.model_config)
+        return self.model_config.to_dict()
 
     def check(self) -> None:
         if self.model_config.vocab_size < self.data.vocab_size:

@@ -2,7 +2,9 @@
 """Language models built from :class:`fomoe.nn.MoE`, and named shapes of them."""
 
 from fomoe.models.configurations import CONFIGURATIONS, configuration
-from fomoe.models.decoder import Decoder, DecoderConfig
+from fomoe.models.decoder import Decoder
+from fomoe.models.decoder_config import DecoderConfig, RopeScaling
+from fomoe.models.feed_forward import FeedForward
 from fomoe.models.files import MODEL_FORMAT_VERSION, load_model
 from fomoe.models.parameter_count import ParameterCount, parameter_count
 
@@ -11,7 +13,9 @@ __all__ = [
     "MODEL_FORMAT_VERSION",
     "Decoder",
     "DecoderConfig",
+    "FeedForward",
     "ParameterCount",
+    "RopeScaling",
     "configuration",
     "load_model",
     "parameter_count",

@@ -4,11 +4,15 @@
 B batch, S sequence, D model width, H query heads, G key/value heads, N head width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fomoe.models.decoder_config import RopeScaling
+from fomoe.models.normalization import RMSNorm
 
 
 class Rotation(NamedTuple):
@@ -19,16 +23,35 @@ class Rotation(NamedTuple):
 
 
 def rotation(
-    length: int, head_dim: int, theta: float, *, dtype: torch.dtype, device: torch.device
+    length: int,
+    head_dim: int,
+    theta: float,
+    *,
+    scaling: RopeScaling | None = None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Rotation:
     """Angles of positions 0 to length - 1: position * theta^(-2i / head_dim), i < head_dim / 2.
 
-    Source: RoFormer (arXiv 2104.09864).
+    Source: RoFormer (arXiv 2104.09864). ``scaling`` changes the frequencies, theta^(...).
     """
     exponent = -torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
     position = torch.arange(length, dtype=dtype, device=device)
-    angle = position[:, None] * theta**exponent
+    frequency = theta**exponent
+    if scaling is not None:
+        frequency = _scaled(frequency, scaling)
+    angle = position[:, None] * frequency
     return Rotation(angle.cos(), angle.sin())
+
+
+def _scaled(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    slow = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    turns = scaling.original_context / (2 * math.pi) * frequency
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * slow + kept * frequency
 
 
 def rotate(x: Tensor, by: Rotation) -> Tensor:
@@ -42,16 +65,46 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Parameters: ``query`` (H*N, D), ``key`` and ``value`` (G*N, D), ``output`` (D, H*N)."""
+    """Parameters: ``query`` (H*N, D), ``key`` and ``value`` (G*N, D), ``output`` (D, H*N).
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    Parameters
+    ----------
+    dim, num_heads, num_kv_heads, head_dim : int
+        D, H, G and N.
+    qkv_bias, output_bias : bool
+        Whether ``query``, ``key`` and ``value``, or ``output``, have a ``bias``.
+    head_norm_epsilon : float, optional
+        Normalise every query and key head by an RMSNorm before its rotation, as in Qwen3 (arXiv
+        2505.09388): ``query_norm`` and ``key_norm``, (N,) each.
+    sliding_window : int
+        How many positions one sees, itself the last of them; 0: all before it, too.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        head_norm_epsilon: float | None = None,
+        sliding_window: int = 0,
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.grouped = num_kv_heads != num_heads
-        self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=False)
-        self.output = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.sliding_window = sliding_window
+        self.query = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias)
+        self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
+        self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
+        self.output = nn.Linear(num_heads * head_dim, dim, bias=output_bias)
+        self.query_norm: nn.Module = nn.Identity()
+        self.key_norm: nn.Module = nn.Identity()
+        if head_norm_epsilon is not None:
+            self.query_norm = RMSNorm(head_dim, head_norm_epsilon)
+            self.key_norm = RMSNorm(head_dim, head_norm_epsilon)
 
     def forward(self, x_BSD: Tensor, positions: Rotation) -> Tensor:
         """Attend from every position to itself and the ones before it, (B, S, D)."""
@@ -59,12 +112,22 @@ class Attention(nn.Module):
         q_BHSN, k_BGSN, v_BGSN = (
             p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections
         )
+        mask_SS = self._window_mask(x_BSD)
         y_BHSN = F.scaled_dot_product_attention(
-            rotate(q_BHSN, positions),
-            rotate(k_BGSN, positions),
+            rotate(self.query_norm(q_BHSN), positions),
+            rotate(self.key_norm(k_BGSN), positions),
             v_BGSN,
-            is_causal=True,
+            attn_mask=mask_SS,
+            is_causal=mask_SS is None,
             enable_gqa=self.grouped,
         )
         y_BSD: Tensor = self.output(y_BHSN.transpose(1, 2).flatten(2))
         return y_BSD
+
+    def _window_mask(self, x_BSD: Tensor) -> Tensor | None:
+        """Which positions (column) one (row) sees, (S, S) bool; None: all up to itself."""
+        length = x_BSD.shape[1]
+        if self.sliding_window == 0 or length <= self.sliding_window:
+            return None
+        past = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device).tril()
+        return past.triu(1 - self.sliding_window)

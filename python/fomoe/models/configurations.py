@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named model shapes: the FoMoE paper's five sizes (arXiv 2606.19025, Table 1) and our own."""
 
-from fomoe.models.decoder import DecoderConfig
+from fomoe.models.decoder_config import DecoderConfig
 
 GPT_OSS_VOCAB_SIZE = 200_019
 COMPLETE_P_BASE_DEPTH = 4  # our choice: the depth of the paper's smallest model

@@ -9,7 +9,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fomoe.errors import UserError
-from fomoe.models.decoder import Decoder, DecoderConfig
+from fomoe.models.decoder import Decoder
+from fomoe.models.decoder_config import DecoderConfig
 from fomoe.nn import named_tensors
 
 __all__ = ["MODEL_FORMAT_VERSION", "load_model"]
@@ -57,6 +58,6 @@ def _config(path: str | Path, header: dict[str, str]) -> DecoderConfig:
                 f"{path} has format version {version}; "
                 f"this fomoe reads up to {MODEL_FORMAT_VERSION}"
             )
-        return DecoderConfig(**json.loads(header["fomoe_model"]))
+        return DecoderConfig.from_dict(json.loads(header["fomoe_model"]))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: the header does not describe a fomoe model: {error}") from error

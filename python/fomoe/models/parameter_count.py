@@ -4,7 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fomoe.models.decoder import DecoderConfig
+from fomoe.models.decoder_config import DecoderConfig
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -12,10 +12,11 @@ class ParameterCount:
     """Parameters by part; a tied embedding counts once."""
 
     embedding: int  # with the unembedding, if it is not tied
-    attention: int
+    attention: int  # without the norms of its heads
     router: int
     experts: int
     shared_experts: int  # those that every token passes through
+    dense: int  # the feed-forward blocks of dense layers
     norms: int
 
     @property
@@ -26,6 +27,7 @@ class ParameterCount:
             + self.router
             + self.experts
             + self.shared_experts
+            + self.dense
             + self.norms
         )
 
@@ -34,21 +36,26 @@ def parameter_count(
     config: DecoderConfig, resident_experts: Sequence[Sequence[int]] | None = None
 ) -> ParameterCount:
     """Count the parameters of ``Decoder(config, resident_experts)`` in closed form."""
+    num_moe = len(config.moe_layers)
     num_residents = (
-        config.num_layers * config.num_experts
+        num_moe * config.num_experts
         if resident_experts is None
         else sum(len(ids) for ids in resident_experts)
     )
     num_matrices = 2 if config.activation == "silu" else 3
-    num_heads = 2 * config.num_heads + 2 * config.num_kv_heads  # query, output; key, value
+    inputs = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim  # query, key, value
+    matrices = (inputs + config.num_heads * config.head_dim) * config.dim
+    biases = config.qkv_bias * inputs + config.attention_output_bias * config.dim
     num_norms = 4 * config.num_layers + 2 if config.norm == "peri" else 2 * config.num_layers + 1
+    head_norms = config.head_norm * config.num_layers * 2 * config.head_dim
     return ParameterCount(
         embedding=(1 if config.tie_embeddings else 2) * config.vocab_size * config.dim,
-        attention=config.num_layers * num_heads * config.head_dim * config.dim,
-        router=config.num_layers * config.num_experts * config.dim,
+        attention=config.num_layers * (matrices + biases),
+        router=num_moe * config.num_experts * (config.dim + config.router_bias),
         experts=num_residents * num_matrices * config.expert_dim * config.dim,
-        shared_experts=config.num_layers
+        shared_experts=num_moe
         * config.dim
         * (num_matrices * config.shared_expert_dim + config.shared_expert_gate),
-        norms=num_norms * config.dim,
+        dense=len(config.dense_layers) * 3 * config.dense_dim * config.dim,
+        norms=num_norms * config.dim + head_norms,
     )

@@ -35,6 +35,7 @@ class MoEConfig:
     activation: Literal["swiglu", "silu", "swiglu_clamped"] = "swiglu"  # silu: no gate matrix
     has_bias: bool = False  # of the router and of both projections of every expert
     # How experts are chosen.
+    router_bias: bool = False  # of the router alone
     router: Literal["full", "partitioned"] = "full"  # partitioned: among the residents only
     num_groups: int = 1  # contiguous groups of experts; a token chooses in its best ones only
     top_k_groups: int = 1
@@ -60,7 +61,13 @@ class MoEConfig:
         require_choice(self, "router", ("full", "partitioned"))
         require_choice(self, "group_score", ("max", "top2_sum"))
         require_choice(self, "score", ("softmax", "sigmoid", "unit"))
-        flags = ("has_bias", "score_after_top_k", "renormalize", "shared_expert_gate")
+        flags = (
+            "has_bias",
+            "router_bias",
+            "score_after_top_k",
+            "renormalize",
+            "shared_expert_gate",
+        )
         require_booleans(self, flags)
         require_numbers(self, ("scale",), above=0)
         if self.capacity_factor is not None:
@@ -95,6 +102,8 @@ class MoEConfig:
             )
 
     def _require_effect(self) -> None:
+        if self.router_bias and self.has_bias:
+            raise ValueError("router_bias: expected false, as has_bias includes it, got True")
         if self.score_after_top_k and self.score != "softmax":
             raise ValueError(
                 f"score_after_top_k: expected false, as score = {self.score!r} is the same before "

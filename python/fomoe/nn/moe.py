@@ -81,7 +81,9 @@ class MoE(nn.Module):
             resident_experts = range(config.num_experts)
         require_resident_experts(resident_experts, config.num_experts)
         self.config = config
-        self.router = nn.Linear(config.dim, config.num_experts, bias=config.has_bias)
+        self.router = nn.Linear(
+            config.dim, config.num_experts, bias=config.has_bias or config.router_bias
+        )
         self.experts = Experts(config, resident_experts)
         # The experts that are no ghosts.
         reachable = self.experts.expert_ids if exchange is None else exchange.all_experts
