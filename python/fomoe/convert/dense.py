@@ -36,11 +36,6 @@ class DenseWeights:
         """|down_i|^2, (H,)."""
         return self.down.square().sum(0)
 
-    @cached_property
-    def down_gram(self) -> Tensor:
-        """down^T down, (H, H)."""
-        return self.down.T @ self.down
-
 
 @dataclass(frozen=True, eq=False)
 class DenseLayer:
@@ -63,6 +58,14 @@ class DenseLayer:
         return self.hidden.square().mean(0) * self.weights.down_norms
 
     @cached_property
+    def output_squares(self) -> Tensor:
+        """Squared length of the layer's output, (T,)."""
+        out = self.inputs.new_empty(len(self.inputs))
+        for at in chunks(len(self.inputs)):
+            out[at] = (self.hidden[at] @ self.weights.down.T).square().sum(1)
+        return out
+
+    @cached_property
     def input_scale(self) -> float:
         """Root mean square of the inputs."""
         return float(self.inputs.square().mean().sqrt())
@@ -74,11 +77,12 @@ class DenseLayer:
         off^T products off, where off is 1 for an expert that is left out.
         """
         order = expert_H.argsort(stable=True)
-        down_EFD = self.weights.down.T[order].unflatten(0, (num_experts, -1))
+        width = len(order) // num_experts
+        down_EFD = self.weights.down.T[order].view(num_experts, width, -1)
         out = self.inputs.new_empty(len(self.inputs), num_experts, num_experts)
         for at in chunks(len(self.inputs), _CHUNK // 4):
-            hidden_ETF = self.hidden[at][:, order].unflatten(1, (num_experts, -1)).transpose(0, 1)
-            parts_TED = torch.bmm(hidden_ETF, down_EFD).transpose(0, 1)
+            hidden_TEF = self.hidden[at][:, order].view(-1, num_experts, width)
+            parts_TED = torch.bmm(hidden_TEF.transpose(0, 1), down_EFD).transpose(0, 1)
             out[at] = parts_TED @ parts_TED.mT
         return out
 

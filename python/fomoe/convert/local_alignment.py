@@ -77,31 +77,41 @@ Report = Callable[[Progress], object]
 
 
 class Slopes(NamedTuple):
-    """What a mask entry changes in the squared error, and the error itself."""
+    """The squared error, and what the entries of plan and choice change in it."""
 
     error: Tensor  # ()
-    neurons: Tensor  # (T, H)
-    experts: Tensor  # (T, E)
+    plan_HE: Tensor  # sum over tokens, of neuron i in expert e
+    choice_TE: Tensor
 
 
 def slopes(
-    weights: DenseWeights, hidden_TH: Tensor, expert_H: Tensor, chosen_TE: Tensor, *, corrected: bool
+    weights: DenseWeights,
+    hidden_TH: Tensor,
+    expert_H: Tensor,
+    chosen_TE: Tensor,
+    *,
+    corrected: bool,
 ) -> Slopes:
     """Derivative of the squared error by the masks; corrected: the error on minus the error off."""
     num_experts = chosen_TE.shape[1]
-    active_TH = chosen_TE[:, expert_H]
-    residual_TD = (hidden_TH * (1 - active_TH)) @ weights.down.T
-    neurons_TH = hidden_TH * (residual_TD @ weights.down) * -2
-    order = expert_H.argsort(stable=True)
-    experts_TE = neurons_TH[:, order].unflatten(1, (num_experts, -1)).sum(2)
+    order = expert_H.argsort(stable=True)  # an expert's neurons side by side
+    down_DH = weights.down[:, order]
+    hidden_TH = hidden_TH[:, order]
+    width = len(order) // num_experts
+    residual_TD = (hidden_TH * (1 - chosen_TE).repeat_interleave(width, 1)) @ down_DH.T
+    neurons_TH = (residual_TD @ down_DH).mul_(hidden_TH).mul_(-2)
+    choice_TE = neurons_TH.view(-1, num_experts, width).sum(2)
     if corrected:
-        hidden_ETF = hidden_TH[:, order].unflatten(1, (num_experts, -1)).transpose(0, 1)
-        neurons_EF = order.unflatten(0, (num_experts, -1))
-        gram_EFF = weights.down_gram[neurons_EF[:, :, None], neurons_EF[:, None, :]]
-        squares_TE = (torch.bmm(hidden_ETF, gram_EFF) * hidden_ETF).sum(2).T
-        experts_TE = experts_TE + squares_TE * (1 - 2 * chosen_TE)
-        neurons_TH += hidden_TH.square() * weights.down_norms * (1 - 2 * active_TH)
-    return Slopes(residual_TD.square().sum(), neurons_TH, experts_TE)
+        sign_TE = 1 - 2 * chosen_TE
+        hidden_ETF = hidden_TH.view(-1, num_experts, width).transpose(0, 1)
+        down_EDF = down_DH.view(-1, num_experts, width).transpose(0, 1)
+        grams_EFF = down_EDF.mT @ down_EDF
+        choice_TE += (torch.bmm(hidden_ETF, grams_EFF) * hidden_ETF).sum(2).T * sign_TE
+        curvature_TH = hidden_TH.square().mul_(weights.down_norms[order])
+        neurons_TH += curvature_TH.mul_(sign_TE.repeat_interleave(width, 1))
+    plan_HE = torch.empty_like(weights.down_norms[:, None].expand(-1, num_experts))
+    plan_HE[order] = neurons_TH.T @ chosen_TE
+    return Slopes(residual_TD.square().sum(), plan_HE, choice_TE)
 
 
 def align(
@@ -136,11 +146,11 @@ def align(
             slope = slopes(
                 layer.weights, hidden_TH, expert_H, chosen_TE, corrected=training.corrected
             )
-            square = (hidden_TH @ layer.weights.down.T).square().sum()
-            plan_slope_HE = slope.neurons.T @ chosen_TE / square
+            square = layer.output_squares[batch].sum()
         optimizer.zero_grad()
-        soft_HE.backward(plan_slope_HE)
-        _router_loss(logits_TE, slope.experts / square, chosen_TE, choice, training).backward()
+        torch.autograd.backward(soft_HE, slope.plan_HE / square)
+        slope_TE = slope.choice_TE / square
+        torch.autograd.backward(_router_loss(logits_TE, slope_TE, chosen_TE, choice, training))
         optimizer.step()
         if report is not None:
             entropy = -torch.special.xlogy(soft_HE, soft_HE).sum(1).mean()
@@ -175,7 +185,8 @@ def train_router(
             if training.corrected:
                 experts_TE += products.diagonal(dim1=1, dim2=2) * (1 - 2 * chosen_TE)
         optimizer.zero_grad()
-        _router_loss(logits_TE, experts_TE / square, chosen_TE, choice, training).backward()
+        slope_TE = experts_TE / square
+        torch.autograd.backward(_router_loss(logits_TE, slope_TE, chosen_TE, choice, training))
         optimizer.step()
         if report is not None:
             report(Progress(step, float(error / square), 0.0))

@@ -35,11 +35,13 @@ def sinkhorn(logits_HE: Tensor, capacity: int, iterations: int = ITERATIONS) -> 
         If E times ``capacity`` is not H.
     """
     require_capacity("sinkhorn", logits_HE, capacity)
-    columns = logits_HE.new_zeros(1, logits_HE.shape[1])
+    # Neurons along the rows in memory: both reductions then run over contiguous vectors.
+    logits_EH = logits_HE.T.contiguous()
+    columns = logits_EH.new_zeros(logits_EH.shape[0], 1)
     for _ in range(iterations):
-        rows = (logits_HE + columns).logsumexp(1, keepdim=True)
-        columns = math.log(capacity) - (logits_HE - rows).logsumexp(0, keepdim=True)
-    return (logits_HE + columns).softmax(1)
+        rows = (logits_EH + columns).logsumexp(0, keepdim=True)
+        columns = math.log(capacity) - (logits_EH - rows).logsumexp(1, keepdim=True)
+    return (logits_EH + columns).softmax(0).T
 
 
 def require_capacity(name: str, scores_HE: Tensor, capacity: int) -> None:
