@@ -2,14 +2,24 @@
 """Model files are read whole, in part, or refused in one sentence."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from fomoe.errors import UserError
-from fomoe.models import MODEL_FORMAT_VERSION, Decoder, configuration, load_model
+from fomoe.models import (
+    MODEL_FORMAT_VERSION,
+    Decoder,
+    RopeScaling,
+    configuration,
+    load_model,
+    read_config,
+    read_tokenizer_files,
+    save_model,
+)
+from fomoe.models.files import model_header
 from fomoe.nn import initialize, named_tensors
 
 
@@ -28,11 +38,69 @@ def write(path, model, **header):
     return path
 
 
-def test_a_written_model_computes_the_same(model, tmp_path):
-    tokens = torch.arange(12).view(1, 12)
+TOKENS = torch.arange(12).view(1, 12)
+
+
+def test_a_file_of_the_first_runs_without_a_family_computes_the_same(model, tmp_path):
     read = load_model(write(tmp_path / "m.safetensors", model))
     assert not read.training
-    assert torch.equal(read(tokens), model(tokens))
+    assert torch.equal(read(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "folder", "new/folder"])
+def test_a_saved_model_computes_the_same(tmp_path, name):
+    config = replace(
+        configuration("tiny"), dense_layers=(1,), dense_dim=48, router_bias=True, head_norm=True,
+        qkv_bias=True, shared_expert_dim=8, tie_embeddings=False,
+        rope_scaling=RopeScaling(kind="linear", factor=2.0),
+    )  # fmt: skip
+    model = Decoder(config)
+    torch.nn.init.normal_(model.layers[0].moe.router.bias)
+    save_model(model, tmp_path / name)
+    read = load_model(tmp_path / name)
+    assert read.config == read_config(tmp_path / name) == config
+    assert torch.equal(read(TOKENS), model(TOKENS))
+
+
+def test_a_folder_has_the_tokenizer_beside_the_model(model, tmp_path):
+    tokenizer = {"tokenizer.json": b"{}", "tokenizer_config.json": b"[]"}
+    for content in (tokenizer, {"tokenizer.json": b"{ }"}):
+        save_model(model, tmp_path, content)
+    assert read_tokenizer_files(tmp_path) == tokenizer | {"tokenizer.json": b"{ }"}
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", *tokenizer}
+
+
+def test_weights_have_the_dtype_of_the_file_or_the_one_asked_for(model, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_model(Decoder(model.config).bfloat16(), path)
+    assert {p.dtype for p in load_model(path).parameters()} == {torch.bfloat16}
+    wide = load_model(path, dtype=torch.float64)
+    assert {p.dtype for p in wide.parameters()} == {torch.float64}
+    assert torch.equal(wide.norm.weight.bfloat16(), load_model(path).norm.weight)
+
+
+def test_a_model_that_cannot_be_written_is_refused(model, tmp_path):
+    part = Decoder(model.config, [(0, 1), (2,)])
+    with pytest.raises(UserError, match="expected all experts to be in the model"):
+        save_model(part, tmp_path / "m")
+    with pytest.raises(UserError, match="a tokenizer needs a folder"):
+        save_model(model, tmp_path / "m.safetensors", {"tokenizer.json": b""})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write model .*file"):
+        save_model(model, tmp_path / "file" / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_without_a_model_and_a_file_without_a_tensor_are_refused(model, tmp_path):
+    with pytest.raises(UserError, match="cannot read model"):
+        load_model(tmp_path)
+    path = write(tmp_path / "m.safetensors", model)
+    tensors = load_file(path)
+    del tensors["layers.1.moe.experts.3.w2"]
+    save_file(tensors, path, model_header(model.config.to_dict()))
+    with pytest.raises(UserError, match=r"lacks layers\.1\.moe\.experts\.3\.w2"):
+        load_model(path)
+    load_model(path, [range(16), (0, 1)])
 
 
 def test_only_the_named_experts_are_read(model, tmp_path):
@@ -51,6 +119,7 @@ def test_only_the_named_experts_are_read(model, tmp_path):
         ({"fomoe_model": '{"dim":'}, "does not describe a fomoe model"),
         ({"fomoe_model": '{"unheard_of": 1}'}, "does not describe a fomoe model"),
         ({"fomoe_format_version": None}, "does not describe a fomoe model"),
+        ({"fomoe_family": "other"}, "expected a model of the family 'decoder', got 'other'"),
         ({"fomoe_format_version": "2"}, "format version 2; this fomoe reads up to 1"),
     ],
 )

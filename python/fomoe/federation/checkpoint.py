@@ -29,7 +29,7 @@ from fomoe.errors import UserError
 from fomoe.federation.health import RoutingHealth
 from fomoe.federation.placement import Placement
 from fomoe.files import cannot, make_folder, sync_file, sync_folder, write_whole
-from fomoe.models import MODEL_FORMAT_VERSION
+from fomoe.models.files import model_header
 
 __all__ = [
     "FORMAT_VERSION",
@@ -320,11 +320,7 @@ def export(run: Path, out: Path) -> None:
     """
     checkpoint = Checkpoint(find_checkpoint(run))
     checkpoint.verify()
-    metadata = {
-        "format": "pt",
-        "fomoe_format_version": str(MODEL_FORMAT_VERSION),
-        "fomoe_model": json.dumps(checkpoint.manifest["model"]),
-    }
+    metadata = model_header(checkpoint.manifest["model"])
     with _cannot_write(str(out)):
         write_whole(out, lambda path: save_file(checkpoint.model(), path, metadata))
 

@@ -1,54 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a model file that ``fomoe export`` wrote."""
+"""Model files: one safetensors file, alone or in a folder with the files of its tokenizer.
+
+The tensors have the names of :mod:`fomoe.nn.naming`, each expert its own. The header holds
+``fomoe_format_version``, ``fomoe_family`` ("decoder") and ``fomoe_model``, the configuration as
+JSON, so that a file says by itself how to rebuild its model.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
 
 from fomoe.errors import UserError
+from fomoe.files import cannot, write_whole
 from fomoe.models.decoder import Decoder
 from fomoe.models.decoder_config import DecoderConfig
+from fomoe.models.parameter_count import parameter_count
 from fomoe.nn import named_tensors
 
-__all__ = ["MODEL_FORMAT_VERSION", "load_model"]
+__all__ = [
+    "MODEL_FILE",
+    "MODEL_FORMAT_VERSION",
+    "load_model",
+    "load_weights",
+    "model_file",
+    "model_header",
+    "read_config",
+    "read_tokenizer_files",
+    "save_model",
+]
 
 MODEL_FORMAT_VERSION = 1
+MODEL_FILE = "model.safetensors"
+TOKENIZER_FILES = (  # and what else text generation needs: where to stop
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
+_FAMILY = "decoder"
 
 
-def load_model(
-    path: str | Path, resident_experts: Sequence[Sequence[int]] | None = None
-) -> Decoder:
-    """The decoder in a safetensors file of ``fomoe export``, in evaluation mode.
+def save_model(
+    model: Decoder, path: str | Path, tokenizer: Mapping[str, bytes] | None = None
+) -> None:
+    """Write ``model`` so that :func:`load_model` reads an equal one.
 
-    With ``resident_experts`` (ids per layer) only those experts are read and held.
+    Parameters
+    ----------
+    model : Decoder
+        With all its experts.
+    path : str or Path
+        A file if it ends in ``.safetensors``, else a folder, made if it is missing, for
+        ``model.safetensors`` and the tokenizer. Each file is replaced as a whole, the model last.
+    tokenizer : Mapping[str, bytes], optional
+        Contents by file name, as :func:`read_tokenizer_files` gives them; for a folder only.
 
     Raises
     ------
     UserError
-        When the file cannot be read or was not written by ``fomoe export``.
+        When a file cannot be written; a model with experts missing, or a tokenizer for a file.
     """
+    path = Path(path)
+    tensors = {name: tensor.cpu() for name, tensor in named_tensors(model)}
+    if sum(tensor.numel() for tensor in tensors.values()) < parameter_count(model.config).total:
+        raise UserError(f"cannot write model {path}: expected all experts to be in the model")
+    if path.suffix == ".safetensors" and tokenizer:
+        raise UserError(f"cannot write model {path}: a tokenizer needs a folder to be in")
+    file = model_file(path)
+    header = model_header(model.config.to_dict())
     try:
-        with safe_open(path, framework="pt") as file:
-            config = _config(path, file.metadata() or {})
-            model = Decoder(config, resident_experts)
-            with torch.no_grad():
-                for name, tensor in named_tensors(model):
-                    value = file.get_tensor(name)
-                    if value.shape != tensor.shape:
-                        raise UserError(
-                            f"{path}: {name} must have shape {tuple(tensor.shape)}, "
-                            f"got {tuple(value.shape)}"
-                        )
-                    tensor.copy_(value)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read model {path}: {error}") from error
+        with cannot(f"write model {path}"):
+            for name, content in (tokenizer or {}).items():
+                write_whole(path / name, partial(Path.write_bytes, data=content))
+            write_whole(file, partial(save_file, tensors, metadata=header))
+    except SafetensorError as error:  # how it reports a full disk
+        raise UserError(f"cannot write model {path}: {error}") from error
+
+
+def load_model(
+    path: str | Path,
+    resident_experts: Sequence[Sequence[int]] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Decoder:
+    """The decoder in a model file, or in the folder of one, in evaluation mode on the CPU.
+
+    With ``resident_experts`` (ids per layer with experts) only those experts are read and held.
+    Weights become ``dtype``, by default what the file has. Takes the memory of the model, and while
+    it reads the file's pages, which the system can drop.
+
+    Raises
+    ------
+    UserError
+        When the file cannot be read, is of a newer format, or does not hold the model its header
+        describes.
+    """
+    config = read_config(path)
+    if dtype is None:
+        dtype = _dtype(model_file(path))
+    with torch.device("meta"):
+        model = Decoder(config, resident_experts).to(dtype)
+    model.to_empty(device="cpu")
+    load_weights(model, path)
     return model.eval()
 
 
-def _config(path: str | Path, header: dict[str, str]) -> DecoderConfig:
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fill the tensors that ``model`` holds from a model file, converting to their dtypes.
+
+    Raises
+    ------
+    UserError
+        When the file cannot be read, or lacks a tensor or has it in another shape.
+    """
+    with _opened(path) as file, torch.no_grad():
+        stored = set(file.keys())
+        for name, tensor in named_tensors(model):
+            if name not in stored:
+                raise UserError(f"{path} lacks {name}, which its header promises")
+            value = file.get_tensor(name)
+            if value.shape != tensor.shape:
+                raise UserError(
+                    f"{path}: {name} must have shape {tuple(tensor.shape)}, "
+                    f"got {tuple(value.shape)}"
+                )
+            tensor.copy_(value)
+
+
+def model_file(path: str | Path) -> Path:
+    """Where the tensors are: the file itself, or ``model.safetensors`` in the folder."""
+    path = Path(path)
+    is_file = path.is_file() or (path.suffix == ".safetensors" and not path.is_dir())
+    return path if is_file else path / MODEL_FILE
+
+
+def model_header(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The header of a model file, for a configuration as JSON-able values."""
+    return {
+        "format": "pt",
+        "fomoe_format_version": str(MODEL_FORMAT_VERSION),
+        "fomoe_family": _FAMILY,
+        "fomoe_model": json.dumps(settings),
+    }
+
+
+def read_config(path: str | Path) -> DecoderConfig:
+    """The configuration in the header of a model file, or of the file in a folder.
+
+    Raises
+    ------
+    UserError
+        When the file cannot be read, is of a newer format or no fomoe model.
+    """
+    with _opened(path) as file:
+        header = file.metadata() or {}
     if "fomoe_model" not in header:
         raise UserError(f"{path} has no fomoe model in its header: use fomoe export")
     try:
@@ -58,6 +169,39 @@ def _config(path: str | Path, header: dict[str, str]) -> DecoderConfig:
                 f"{path} has format version {version}; "
                 f"this fomoe reads up to {MODEL_FORMAT_VERSION}"
             )
+        family = header.get("fomoe_family", _FAMILY)  # files of the first runs do not say it
+        if family != _FAMILY:
+            raise UserError(f"{path}: expected a model of the family {_FAMILY!r}, got {family!r}")
         return DecoderConfig.from_dict(json.loads(header["fomoe_model"]))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: the header does not describe a fomoe model: {error}") from error
+
+
+def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
+    """The tokenizer's files in a folder by name, among them ``tokenizer.json``; none for a file.
+
+    Raises
+    ------
+    UserError
+        When one cannot be read.
+    """
+    paths = [Path(folder) / name for name in TOKENIZER_FILES]
+    with cannot(f"read the tokenizer in {folder}"):
+        return {path.name: path.read_bytes() for path in paths if path.is_file()}
+
+
+def _dtype(path: Path) -> torch.dtype:
+    """Of the embedding, which every model has."""
+    with _opened(path) as file:
+        if "embedding.weight" not in file.keys():  # noqa: SIM118  it is no dict
+            raise UserError(f"{path} lacks embedding.weight, which its header promises")
+        return file.get_slice("embedding.weight")[:0].dtype  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[Any]:
+    try:
+        with safe_open(model_file(path), framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read model {path}: {error}") from error
