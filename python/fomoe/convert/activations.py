@@ -41,8 +41,10 @@ def feed_forward_inputs(
         seen.append(inputs[0].flatten(0, 1).float())
 
     for index in range(max(layers) + 1):
-        layer = model.layers[index]
-        hook = layer.feed_forward.register_forward_pre_hook(keep) if index in layers else None
+        layer: nn.Module = model.layers[index]
+        hook = None
+        if index in layers:
+            hook = layer.get_submodule("feed_forward").register_forward_pre_hook(keep)
         for begin in range(0, len(tokens_NS), _SEQUENCES):
             part = slice(begin, begin + _SEQUENCES)
             stream_NSD[part] = layer(stream_NSD[part], positions)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fomoe.convert.dense import DenseWeights
 from fomoe.convert.methods import LayerResult
-from fomoe.models import Decoder, DecoderConfig
-from fomoe.models.feed_forward import FeedForward
+from fomoe.models import Decoder, DecoderConfig, FeedForward
 from fomoe.nn import MoE
 
 
@@ -34,19 +33,22 @@ def assemble(dense: Decoder, config: DecoderConfig, results: Mapping[int, LayerR
     for name, child in dense.named_children():
         if name != "layers":
             setattr(model, name, child)
-    for index, (source, target) in enumerate(zip(dense.layers, model.layers, strict=True)):
+    for index, target in enumerate(model.layers):
+        source = dense.layers[index]
         for name, child in source.named_children():
             if name != "feed_forward":
                 setattr(target, name, child)
         if index not in results:
             target.feed_forward = source.feed_forward
             continue
-        block = target.moe if target.moe is not None else target.feed_forward
-        block.to_empty(device=device)
-        if isinstance(block, MoE):
-            _fill(block, source.feed_forward, results[index])
-        else:
-            _fill_pruned(block, source.feed_forward, results[index].expert)
+        feed_forward = source.feed_forward
+        assert isinstance(feed_forward, FeedForward)
+        if isinstance(target.moe, MoE):
+            target.moe.to_empty(device=device)
+            _fill(target.moe, feed_forward, results[index])
+        elif isinstance(target.feed_forward, FeedForward):
+            target.feed_forward.to_empty(device=device)
+            _fill_pruned(target.feed_forward, feed_forward, results[index].expert)
     return model.eval()
 
 

@@ -5,7 +5,7 @@ T tokens, D model width, H neurons, E experts, F neurons of an expert (H = E * F
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -43,6 +43,7 @@ class DenseLayer:
 
     weights: DenseWeights
     inputs: Tensor
+    _products: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
     @cached_property
     def hidden(self) -> Tensor:
@@ -74,8 +75,16 @@ class DenseLayer:
         """Inner products of the experts' contributions, (T, E, E).
 
         With these, the squared error of any choice of experts needs no neurons: it is
-        off^T products off, where off is 1 for an expert that is left out.
+        off^T products off, where off is 1 for an expert that is left out. Those of the last
+        assignment are kept, as several routers may be trained for it.
         """
+        key = tuple(expert_H.tolist())
+        if key not in self._products:
+            self._products.clear()
+            self._products[key] = self._expert_products(expert_H, num_experts)
+        return self._products[key]
+
+    def _expert_products(self, expert_H: Tensor, num_experts: int) -> Tensor:
         order = expert_H.argsort(stable=True)
         width = len(order) // num_experts
         down_EFD = self.weights.down.T[order].view(num_experts, width, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fomoe.convert.clustering import balanced_k_means
 from fomoe.convert.dense import DenseLayer
-from fomoe.convert.local_alignment import Alignment, Report, Training, align, train_router
+from fomoe.convert.local_alignment import Report, Training, align, train_router
 from fomoe.convert.router import Choice, RouterWeights
 
 __all__ = ["METHODS", "LayerResult", "Method", "convert_layer"]
