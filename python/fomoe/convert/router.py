@@ -45,7 +45,8 @@ def cost_sensitive_loss(logits_TE: Tensor, benefits_TE: Tensor, choice: Choice) 
     """
     logits_TE, benefits_TE = logits_TE[:, choice.always_on :], benefits_TE[:, choice.always_on :]
     num_chosen = choice.top_k - choice.always_on
-    best = benefits_TE.topk(num_chosen + 1, dim=1).values
+    # Where all are chosen there is no next one, and whatever the router learns changes nothing.
+    best = benefits_TE.topk(min(num_chosen + 1, benefits_TE.shape[1]), dim=1).values
     threshold_T1 = best[:, -2:].mean(1, keepdim=True)
     distance_TE = (benefits_TE - threshold_T1).abs()
     return F.binary_cross_entropy_with_logits(
