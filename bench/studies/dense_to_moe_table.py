@@ -81,6 +81,8 @@ def error_verdicts(lines: list[dict]) -> list[tuple[str, str, bool]]:
             errors = {method: found for method, found in errors.items() if found}
             if "dot" not in errors or len(errors) < 2:
                 continue
+            common = set.intersection(*map(set, errors.values()))  # of a run that is not done
+            errors = {m: {layer: found[layer] for layer in common} for m, found in errors.items()}
             means = {method: statistics.fmean(found.values()) for method, found in errors.items()}
             best = min((m for m in means if m != "dot"), key=means.__getitem__)
             ratio = means["dot"] / means[best]
