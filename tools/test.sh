@@ -69,7 +69,7 @@ stage ops 180 tests tests/ops tests/reference tests/packaging
 stage cuda 60 tests tests/cuda
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage bench 60 tests tests/bench
-stage hugging-face 60 tests tests/integrations
+stage conversion 120 tests tests/convert tests/integrations
 stage generation 60 tests tests/generate
 stage docs 30 tests tests/docs
 # Two files at a time: these tests wait for processes to start, for each other and for timeouts. A

@@ -31,6 +31,10 @@ def cannot(deed: str) -> Iterator[None]:
         raise UserError(f"cannot {deed}: {error.strerror or error}") from error
 
 
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a hidden file beside ``path``, sync it, rename it, and sync the folder.
 
@@ -47,6 +51,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f".{path.name}.incomplete")
     try:
         write(partial)
+        partial.chmod(0o666 & ~_UMASK)  # safetensors gives files to their owner alone
         sync_file(partial)
         partial.replace(path)
     finally:

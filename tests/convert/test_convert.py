@@ -1,175 +1,186 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command, from a folder of Hugging Face to a model of ours."""
+"""A dense model becomes one with experts: the same with all of them, resumable, or refused."""
 
 import json
-import shutil
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from fomoe.cli import main
-from fomoe.convert.methods import METHODS
-from fomoe.models import load_model
+from fomoe.convert.convert import Observer, convert
+from fomoe.convert.memory import memory_estimate
+from fomoe.convert.settings import Conversion
+from fomoe.errors import UserError
+from fomoe.generate import Generation, generate
+from fomoe.models import DecoderConfig, load_model
 from fomoe.models.pretrained import load_dense
 
-QUICK = ["--expert-size", "8", "--tokens", "1024", "--steps", "4", "--active-share", "0.5"]
-TOKENS = torch.arange(20)[None] * 7 % 256
+SHAPE = {
+    "vocab_size": 256, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+    "max_position_embeddings": 128, "tie_word_embeddings": False,
+}  # fmt: skip
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+TOKENS = torch.randint(0, 256, (2, 30), generator=torch.Generator().manual_seed(0))
+QUICK = {"expert_size": 6, "steps": 3, "tokens": 256, "held_out_tokens": 128,
+         "sequence_length": 32, "batch_size": 64}  # fmt: skip
 
 
-def run(*arguments):
-    return main(["convert", *map(str, arguments)])
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_writes_a_model_that_loads_and_says_how_good_it_is(
-    sources, tmp_path, method, capsys
-):
-    out = tmp_path / "out"
-    assert run(sources["llama"], out, *QUICK, "--method", method) == 0
-    model = load_model(out)
-    assert model(TOKENS).isfinite().all()
-    report = json.loads((out / "conversion.json").read_text())
-    assert report["settings"]["method"] == method
-    for layer in report["layers"].values():
-        assert 0 < layer["error"] < 1.5
-        assert sum(layer["usage"]) == pytest.approx(3)
-    printed = capsys.readouterr().out
-    assert "3 of 3 layers: 48 neurons into 6 experts of 8, 3 for a token" in printed
-    assert "memory: at most" in printed
-    assert not list(tmp_path.glob(".out*"))
+def source_of(folder, family="llama"):
+    torch.manual_seed(1)
+    config, model = FAMILIES[family]
+    dense = model(config(**SHAPE))
+    torch.nn.init.normal_(dense.get_input_embeddings().weight)  # so that tokens differ
+    dense.save_pretrained(folder)
+    return folder
 
 
-def test_the_end_to_end_stages_change_the_model(sources, tmp_path):
-    stages = {"none": (), "distill": ("--distill-steps", 2), "tune": ("--fine-tune-steps", 2)}
-    for name, options in stages.items():
-        assert run(sources["llama"], tmp_path / name, *QUICK, *options) == 0
-    none, distilled, tuned = (load_file(tmp_path / n / "model.safetensors") for n in stages)
-    router, w2 = "layers.0.moe.router.0.weight", "layers.0.moe.experts.0.w2"
-    router = next(name for name in none if name.startswith("layers.0.moe.router"))
-    w2 = next(name for name in none if name.startswith("layers.0.moe") and "w2" in name)
-    assert not torch.equal(distilled[router], none[router])
-    assert torch.equal(tuned[router], none[router])
-    assert not torch.equal(tuned[w2], none[w2])
-
-
-def test_chosen_layers_are_converted_and_the_others_stay_as_they_are(sources, tmp_path):
-    assert run(sources["qwen2"], tmp_path / "out", *QUICK, "--layers", "0,2") == 0
-    model, (dense, _) = load_model(tmp_path / "out"), load_dense(sources["qwen2"])
-    assert model.config.dense_layers == (1,)
-    assert torch.equal(model.layers[1].feed_forward.w1, dense.layers[1].feed_forward.w1)
-
-
-KILLED_AFTER_LAYER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from fomoe.convert.convert import Observer, convert
-from fomoe.convert.settings import Conversion
-
-def kill(layer, quality):
-    if layer == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-convert(Path(sys.argv[1]), Path(sys.argv[2]),
-    Conversion(expert_size=8, tokens=1024, steps=4, active_share=0.5),
-    device=torch.device("cpu"), observer=Observer(layer_done=kill))
-"""
-
-
-def test_a_killed_conversion_goes_on_to_the_same_bits(sources, tmp_path, capsys):
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.run([sys.executable, "-c", KILLED_AFTER_LAYER, sources["llama"], killed])
-    assert process.returncode == -signal.SIGKILL
-    assert not killed.exists()
-    assert run(sources["llama"], killed, *QUICK, "--resume") == 0
-    printed = capsys.readouterr().out
-    assert "layer 2: held-out" in printed
-    assert "layer 1: held-out" not in printed  # was finished before
-    assert run(sources["llama"], whole, *QUICK) == 0
-    first, second = (load_file(folder / "model.safetensors") for folder in (killed, whole))
-    assert list(first) == list(second)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (killed / "conversion.json").read_text() == (whole / "conversion.json").read_text()
-
-
-def test_an_unfinished_conversion_is_neither_overwritten_nor_mixed_with_another(
-    sources, tmp_path, capsys, monkeypatch
-):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr("fomoe.convert.convert.assemble", interrupted)
-        assert run(sources["llama"], out, *QUICK) == 130
-    assert run(sources["llama"], out, *QUICK) == 2
-    assert "go on with --resume, or remove it" in capsys.readouterr().err
-    assert run(sources["llama"], out, *QUICK, "--seed", "1", "--resume") == 2
-    assert "seed = 0, got 1" in capsys.readouterr().err
+def converted(source, out, **settings):
+    dtype = settings.pop("dtype", None)
+    options = {key: settings.pop(key) for key in ("resume", "observer") if key in settings}
+    conversion = Conversion(**QUICK | settings)
+    convert(source, out, conversion, device=torch.device("cpu"), dtype=dtype, **options)
+    return load_model(out)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--expert-size", "7"], "the nearest that fit: 4 (12 experts), 6 (8 experts), 8 (6 exper"),
-        (["--expert-size", "48"], "the nearest that fit: 16 (3 experts), 24 (2 experts)"),
-        (["--method", "magic"], "--method: expected one of dot, dot-literal, random"),
-        (["--active-share", "1.5"], "--active-share: expected above 0 and at most 1, got 1.5"),
-        (
-            ["--method", "core", "--active-share", "0.1"],
-            "method core needs at least 2 of 6 experts",
-        ),
-        (["--layers", "2-4"], "--layers: expected some of 0 to 2, got [2, 3, 4]"),
-        (["--layers", "two"], "--layers: expected numbers like 0-5,8, got 'two'"),
-        (["--layers", "0", "--method", "prune"], "method prune makes every layer narrower"),
-        (["--steps", "0"], "--steps: expected an integer of at least 1, got 0"),
-        (["--tokens", "1000000000"], "--tokens: the conversion needs up to"),
-        (["--data", "missing.txt"], "missing.txt does not exist"),
-        (["--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
-        (["--dtype", "int8"], "--dtype: expected float32, bfloat16 or float16, got 'int8'"),
-        (["--resume"], "--resume: there is no unfinished conversion"),
-    ],
+    ("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)], ids=["fp64", "fp32"]
 )
-def test_what_does_not_fit_is_refused_in_one_sentence_before_any_work(
-    sources, tmp_path, options, message, capsys
-):
-    assert run(sources["llama"], tmp_path / "out", *QUICK, *options) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+def test_with_all_experts_it_is_the_dense_model(family, dtype, tolerance, tmp_path):
+    source = source_of(tmp_path / "dense", family)
+    dense, _ = load_dense(source, dtype=dtype)
+    model = converted(source, tmp_path / "moe", active_share=1.0, dtype=dtype)
+    assert [layer.moe.config.num_experts for layer in model.layers] == [4, 4, 4]
+    with torch.no_grad():
+        expected, actual = dense(TOKENS), model(TOKENS)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def test_a_short_text_is_refused_with_what_it_has(sources, tmp_path, capsys):
-    text = tmp_path / "short.txt"
-    text.write_text("word " * 100)
-    assert run(sources["llama"], tmp_path / "out", *QUICK, "--data", text) == 2
-    assert "name more text with --data" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "method",
+    ["dot", "dot-literal", "random", "weight-cluster", "activation-cluster", "core", "tiers",
+     "prune"],
+)  # fmt: skip
+def test_every_method_writes_a_model_that_loads_and_generates(method, tmp_path):
+    source = source_of(tmp_path / "dense")
+    model = converted(source, tmp_path / "moe", method=method, active_share=0.5)
+    report = json.loads((tmp_path / "moe" / "conversion.json").read_text())
+    assert report["settings"]["method"] == method
+    assert len(report["layers"]) == 3
+    assert [len(text) for text in generate(model, [[1, 2]], Generation(max_new_tokens=5))] == [5]
 
 
-def test_a_folder_that_exists_is_not_overwritten(sources, tmp_path, capsys):
-    assert run(sources["llama"], tmp_path, *QUICK) == 2
-    assert "exists already" in capsys.readouterr().err
+def test_layers_that_are_not_converted_stay(tmp_path):
+    source = source_of(tmp_path / "dense")
+    model = converted(source, tmp_path / "moe", layers=(0, 2))
+    dense, _ = load_dense(source)
+    assert [layer.moe is None for layer in model.layers] == [False, True, False]
+    assert torch.equal(model.layers[1].feed_forward.w1, dense.layers[1].feed_forward.w1)
 
 
-def test_a_full_disk_is_noticed_before_any_work(sources, tmp_path, capsys, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    assert run(sources["llama"], tmp_path / "out", *QUICK) == 2
-    assert "has 1.00 kB free" in capsys.readouterr().err
+def test_distillation_and_fine_tuning_lower_what_they_train_on(tmp_path):
+    source = source_of(tmp_path / "dense")
+    seen = {"distill": [], "fine-tune": []}
+    observer = Observer(stage_step=lambda stage, progress: seen[stage].append(progress.loss))
+    converted(
+        source, tmp_path / "moe", active_share=0.5, distill_steps=6, fine_tune_steps=12,
+        observer=observer,
+    )  # fmt: skip
+    assert [len(losses) for losses in seen.values()] == [6, 12]
+    assert seen["fine-tune"][-1] < seen["fine-tune"][0]
 
 
-def test_a_model_without_tokenizer_whose_vocabulary_is_not_bytes_is_refused(
-    sources, tmp_path, capsys
-):
-    from transformers import AutoConfig, AutoModelForCausalLM
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import test_convert as t
+from fomoe.convert.convert import Observer, convert
+from fomoe.convert.settings import Conversion
+def die(layer, quality):
+    if layer == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+convert(Path({source!r}), Path({out!r}), Conversion(**t.QUICK), device=torch.device("cpu"),
+        observer=Observer(layer_done=die))
+"""
 
-    config = AutoConfig.from_pretrained(sources["llama"])
-    config.vocab_size = 300
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
-    assert run(tmp_path / "source", tmp_path / "out", *QUICK) == 2
-    assert "expected a tokenizer.json beside the model" in capsys.readouterr().err
+
+def test_a_killed_conversion_goes_on_to_the_same_bits(tmp_path):
+    source, out = source_of(tmp_path / "dense"), tmp_path / "moe"
+    expected = converted(source, tmp_path / "whole")
+    program = KILLED.format(folder=os.path.dirname(__file__), source=str(source), out=str(out))
+    killed = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not out.exists()
+    with pytest.raises(UserError, match="go on with --resume, or remove it"):
+        converted(source, out)
+    with pytest.raises(UserError, match="--resume: the unfinished conversion has steps = 3, got 4"):
+        converted(source, out, resume=True, steps=4)
+    begun = []
+    observer = Observer(layer_step=lambda layer, progress: begun.append(layer))
+    model = converted(source, out, resume=True, observer=observer)
+    assert set(begun) == {2}
+    for name, value in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert_size": 7}, "--expert-size: expected a divisor of the feed-forward width 24, got "
+         "7; the nearest that fit: 4 \\(6 experts\\), 6 \\(4 experts\\), 8 \\(3 experts\\), 12"),
+        ({"method": "dott"}, "--method: expected one of dot, .*, got 'dott'"),
+        ({"active_share": 0.0}, "--active-share: expected above 0 and at most 1, got 0"),
+        ({"method": "core", "active_share": 0.25}, "--active-share: method core needs at least 2"),
+        ({"layers": (0, 3)}, "--layers: expected some of 0 to 2, got \\[0, 3\\]"),
+        ({"tokens": 10**13}, "--tokens: the conversion needs up to"),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_refused_before_anything_is_written(settings, message, tmp_path):
+    source = source_of(tmp_path / "dense")
+    with pytest.raises(UserError, match=message):
+        converted(source, tmp_path / "moe", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_folder_that_exists_is_refused(tmp_path):
+    source = source_of(tmp_path / "dense")
+    with pytest.raises(UserError, match="exists already"):
+        converted(source, source)
+
+
+def test_an_8b_llama_is_estimated_to_fit_an_80_gb_card():
+    llama_3_8b = DecoderConfig(
+        vocab_size=128256, dim=4096, num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128,
+        expert_dim=1, num_experts=1, top_k=1, dense_layers=tuple(range(32)), dense_dim=14336,
+        tie_embeddings=False,
+    )  # fmt: skip
+    memory = memory_estimate(llama_3_8b, Conversion(), element_size=2)
+    assert 25e9 < memory.total < 80e9

@@ -70,6 +70,13 @@ def test_a_folder_has_the_tokenizer_beside_the_model(model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", *tokenizer}
 
 
+def test_others_may_read_a_model_as_any_new_file(model, tmp_path):
+    (tmp_path / "new").touch()
+    save_model(model, tmp_path / "model.safetensors")
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert modes == {(tmp_path / "new").stat().st_mode}
+
+
 def test_weights_have_the_dtype_of_the_file_or_the_one_asked_for(model, tmp_path):
     path = tmp_path / "m.safetensors"
     save_model(Decoder(model.config).bfloat16(), path)

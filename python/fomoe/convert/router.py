@@ -41,12 +41,14 @@ def cost_sensitive_loss(logits_TE: Tensor, benefits_TE: Tensor, choice: Choice) 
     The threshold of a token lies midway between the last benefit that is chosen and the next; the
     weight of a label is its distance from the threshold, over the batch's mean distance. Our
     choice, in place of the paper's straight-through softmax, whose gradient vanishes once an expert
-    is always on. ``benefits_TE`` says by how much each expert lowers the loss when it is on.
+    is always on. ``benefits_TE`` says by how much each expert lowers the loss when it is on. Zero
+    where every expert is chosen.
     """
     logits_TE, benefits_TE = logits_TE[:, choice.always_on :], benefits_TE[:, choice.always_on :]
     num_chosen = choice.top_k - choice.always_on
-    # Where all are chosen there is no next one, and whatever the router learns changes nothing.
-    best = benefits_TE.topk(min(num_chosen + 1, benefits_TE.shape[1]), dim=1).values
+    if num_chosen == logits_TE.shape[1]:
+        return 0 * logits_TE.sum()
+    best = benefits_TE.topk(num_chosen + 1, dim=1).values
     threshold_T1 = best[:, -2:].mean(1, keepdim=True)
     distance_TE = (benefits_TE - threshold_T1).abs()
     return F.binary_cross_entropy_with_logits(

@@ -14,7 +14,7 @@ from fomoe.errors import UserError
 from fomoe.generate.loop import Generation, Model, stream
 from fomoe.generate.opening import Opening
 from fomoe.generate.sampling import Sampling
-from fomoe.generate.text import Text, text_of
+from fomoe.generate.text import Decoding, Text, text_of
 
 __all__ = ["Request", "run"]
 
@@ -55,7 +55,8 @@ def run(request: Request, out: TextIO = sys.stdout, report: TextIO = sys.stderr)
         sampling=request.sampling,
         stop_tokens=text.stop_tokens,
     )
-    _Writing(request.prompts, text, out, report).write(model, prompts, settings)
+    decodings = [text.decoding(tokens) for tokens in prompts]
+    _Writing(request.prompts, decodings, out, report).write(model, prompts, settings)
 
 
 def _encoded(request: Request, text: Text, context_length: int) -> list[list[int]]:
@@ -84,9 +85,11 @@ def _device(name: str) -> torch.device:
 
 
 class _Writing:
-    def __init__(self, prompts: Sequence[str], text: Text, out: TextIO, report: TextIO) -> None:
+    def __init__(
+        self, prompts: Sequence[str], decodings: Sequence[Decoding], out: TextIO, report: TextIO
+    ) -> None:
         self.prompts, self.out, self.report = prompts, out, report
-        self.decodings = [text.decoding() for _ in prompts]
+        self.decodings = decodings
         self.texts = [""] * len(prompts)
 
     def write(self, model: Model, prompts: Sequence[Sequence[int]], settings: Generation) -> None:

@@ -34,7 +34,9 @@ class Text(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def decoding(self) -> Decoding: ...
+    def decoding(self, before: Sequence[int] = ()) -> Decoding:
+        """Of what follows the tokens ``before``."""
+        ...
 
 
 def text_of(folder: Path, tokenizer: Path | None, vocab_size: int) -> Text:
@@ -71,7 +73,7 @@ class _Bytes:
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
 
-    def decoding(self) -> Decoding:
+    def decoding(self, before: Sequence[int] = ()) -> Decoding:
         return _BytesDecoding()
 
 
@@ -128,8 +130,8 @@ class _File:
         text: str = self.tokenizer.decode(list(tokens))
         return text
 
-    def decoding(self) -> Decoding:
-        return _FileDecoding(self)
+    def decoding(self, before: Sequence[int] = ()) -> Decoding:
+        return _FileDecoding(self, before)
 
 
 class _FileDecoding:
@@ -137,9 +139,9 @@ class _FileDecoding:
 
     _CONTEXT = 6
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: _File, before: Sequence[int]) -> None:
         self._file = file
-        self._said: list[int] = []
+        self._said = list(before)[-self._CONTEXT :]
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
