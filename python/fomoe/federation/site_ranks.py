@@ -19,7 +19,7 @@ from fomoe.errors import UserError
 from fomoe.federation.sharding import clip_gradients, copy_part, is_sharded, shard
 from fomoe.federation.spread_experts import SpreadExperts
 from fomoe.federation.task import Task
-from fomoe.nn import ModelTensor, MoE
+from fomoe.nn import ModelTensor, RoutedLayer
 from fomoe.nn.expert_parallel import clip_grad_norm, expert_parameters, finish_expert_gradients
 
 __all__ = ["OneRank", "RankGroup", "SiteRanks"]
@@ -303,7 +303,7 @@ class RankGroup:
 
     def add_up_routing(self, model: nn.Module) -> None:
         for module in model.modules():
-            if isinstance(module, MoE):
+            if isinstance(module, RoutedLayer):
                 for counts in (module.expert_counts, module.num_rows):
                     dist.all_reduce(counts, group=self.group)
 

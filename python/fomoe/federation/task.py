@@ -24,7 +24,7 @@ from fomoe.models import (
     read_config,
     read_tokenizer_files,
 )
-from fomoe.nn import MoE, auxiliary_loss, initialize
+from fomoe.nn import RoutedLayer, auxiliary_loss, initialize
 
 __all__ = ["ExpertParallelTask", "LanguageModelTask", "Loss", "Task"]
 
@@ -180,7 +180,7 @@ class LanguageModelTask:
     def routing(self, model: nn.Module) -> list[dict[str, Any]]:
         layers: list[dict[str, Any]] = []
         for module in model.modules():
-            if isinstance(module, MoE):
+            if isinstance(module, RoutedLayer):
                 statistics = module.statistics()
                 module.reset_statistics()
                 layers.append({"layer": len(layers), **asdict(statistics)})

@@ -5,8 +5,9 @@ from fomoe.nn.balancing import LoadBalancer, update_biases
 from fomoe.nn.config import MoEConfig
 from fomoe.nn.experts import Experts, SharedExpert
 from fomoe.nn.initialization import initialize
-from fomoe.nn.moe import MoE, auxiliary_loss
+from fomoe.nn.moe import MoE
 from fomoe.nn.naming import ModelTensor, expert_tensor_name, model_tensors, named_tensors
+from fomoe.nn.routed_layer import RoutedLayer, auxiliary_loss
 from fomoe.nn.statistics import RouterStatistics
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "ModelTensor",
+    "RoutedLayer",
     "RouterStatistics",
     "SharedExpert",
     "auxiliary_loss",

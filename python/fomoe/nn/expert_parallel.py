@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fomoe.nn.moe import MoE
+from fomoe.nn.routed_layer import RoutedLayer
 
 __all__ = ["clip_grad_norm", "expert_parameters", "finish_expert_gradients"]
 
@@ -27,7 +27,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         f"{prefix}.experts.{name}" if prefix else f"experts.{name}": parameter
         for prefix, module in model.named_modules()
-        if isinstance(module, MoE) and module.exchange is not None
+        if isinstance(module, RoutedLayer) and module.exchange is not None
         for name, parameter in module.experts.named_parameters()
     }
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fomoe.nn.moe import MoE
 from fomoe.nn.naming import ModelTensor, model_tensors
+from fomoe.nn.routed_layer import RoutedLayer
 
 BIAS_NAMES = ("bias", "b1", "b2")
 
@@ -31,7 +31,7 @@ def initialize(model: nn.Module, seed: int) -> None:
         If a parameter is on the meta device.
     """
     for module in model.modules():
-        if isinstance(module, MoE):
+        if isinstance(module, RoutedLayer):
             module.reset_buffers()
     for tensor in model_tensors(model):
         if tensor.parameter.is_meta:
