@@ -95,7 +95,7 @@ def another_family(folder):
     from safetensors.torch import save_file
 
     folder.mkdir()
-    header = {"fomoe_model": "{}", "fomoe_format_version": "1", "fomoe_family": "foe"}
+    header = {"fomoe_model": '{"family": "other"}', "fomoe_format_version": "1"}
     save_file({"x": torch.zeros(1)}, folder / "model.safetensors", header)
     return folder
 
@@ -117,8 +117,8 @@ def test_requests_that_do_not_fit_are_refused(prompts, settings, message, byte_m
 def test_models_and_tokenizers_that_do_not_fit_are_refused(byte_model, word_model, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         written(tmp_path / "nowhere", ["a"])
-    with pytest.raises(UserError, match="expected a model of the family 'decoder', got 'foe'"):
-        written(another_family(tmp_path / "foe"), ["a"])
+    with pytest.raises(UserError, match="family: expected one of decoder, foe, got 'other'"):
+        written(another_family(tmp_path / "other"), ["a"])
     save_model(tiny_model(vocab_size=61), tmp_path / "bare")
     with pytest.raises(UserError, match="the model's 61 tokens are not bytes: give --tokenizer"):
         written(tmp_path / "bare", ["a"])

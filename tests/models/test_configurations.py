@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fomoe.models import CONFIGURATIONS, Decoder, configuration, parameter_count
+from fomoe.models import CONFIGURATIONS, Decoder, build_model, configuration, parameter_count
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_closed_form_equals_the_built_model(name):
     config = CONFIGURATIONS[name]
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build_model(config)
     built = {"embedding": 0, "attention": 0, "router": 0, "experts": 0, "norms": 0}
     for parameter_name, parameter in model.named_parameters():
         parts = parameter_name.split(".")
@@ -54,6 +54,11 @@ def test_the_papers_sizes_round_to_its_table(name, total, embedding, attention, 
         assert round(100 * getattr(count, part) / count.total, 1) == expected, part
 
 
+@pytest.mark.parametrize(("name", "total"), [("foe-1b", "1.022"), ("foe-7b", "6.852")])
+def test_the_two_sizes_of_foe_have_the_papers_totals(name, total):
+    assert f"{parameter_count(configuration(name)).total / 1e9:.3f}" == total
+
+
 def test_a_site_counts_its_own_experts_and_everything_shared():
     config = configuration("tiny")
     residents = [[0, 1, 5], [2]]
@@ -92,5 +97,5 @@ def test_the_papers_sizes_scale_residuals_by_depth():
 
 
 def test_an_unknown_name_is_refused_and_the_known_ones_are_listed():
-    with pytest.raises(ValueError, match=r"expected one of tiny, .*fomoe-104b, got 'huge'"):
+    with pytest.raises(ValueError, match=r"expected one of tiny, .*foe-7b, got 'huge'"):
         configuration("huge")

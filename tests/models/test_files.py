@@ -31,7 +31,7 @@ def model():
 
 
 def write(path, model, **header):
-    settings = json.dumps(asdict(model.config))
+    settings = json.dumps({"family": "decoder", **asdict(model.config)})
     known = {"fomoe_format_version": str(MODEL_FORMAT_VERSION), "fomoe_model": settings}
     tensors = {name: tensor.clone() for name, tensor in named_tensors(model)}
     save_file(tensors, path, {k: v for k, v in (known | header).items() if v is not None})
@@ -41,7 +41,7 @@ def write(path, model, **header):
 TOKENS = torch.arange(12).view(1, 12)
 
 
-def test_a_file_of_the_first_runs_without_a_family_computes_the_same(model, tmp_path):
+def test_a_file_with_a_header_written_by_hand_computes_the_same(model, tmp_path):
     read = load_model(write(tmp_path / "m.safetensors", model))
     assert not read.training
     assert torch.equal(read(TOKENS), model(TOKENS))
@@ -104,7 +104,7 @@ def test_a_folder_without_a_model_and_a_file_without_a_tensor_are_refused(model,
     path = write(tmp_path / "m.safetensors", model)
     tensors = load_file(path)
     del tensors["layers.1.moe.experts.3.w2"]
-    save_file(tensors, path, model_header(model.config.to_dict()))
+    save_file(tensors, path, model_header(model.config))
     with pytest.raises(UserError, match=r"lacks layers\.1\.moe\.experts\.3\.w2"):
         load_model(path)
     load_model(path, [range(16), (0, 1)])
@@ -126,7 +126,8 @@ def test_only_the_named_experts_are_read(model, tmp_path):
         ({"fomoe_model": '{"dim":'}, "does not describe a fomoe model"),
         ({"fomoe_model": '{"unheard_of": 1}'}, "does not describe a fomoe model"),
         ({"fomoe_format_version": None}, "does not describe a fomoe model"),
-        ({"fomoe_family": "other"}, "expected a model of the family 'decoder', got 'other'"),
+        ({"fomoe_model": '{"family": "other"}'}, "expected one of decoder, foe, got 'other'"),
+        ({"fomoe_model": '{"dim": 64}'}, "family: expected one of decoder, foe, got None"),
         ({"fomoe_format_version": "2"}, "format version 2; this fomoe reads up to 1"),
     ],
 )
@@ -137,7 +138,7 @@ def test_a_header_that_does_not_fit_is_refused(model, tmp_path, header, sentence
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name(model, tmp_path):
-    settings = asdict(model.config) | {"vocab_size": 300}
+    settings = {"family": "decoder", **asdict(model.config), "vocab_size": 300}
     path = write(tmp_path / "m.safetensors", model, fomoe_model=json.dumps(settings))
     with pytest.raises(UserError, match=r"embedding.weight must have shape \(300, 64\), got"):
         load_model(path)

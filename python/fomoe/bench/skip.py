@@ -34,10 +34,12 @@ class Model(NamedTuple):
     sequence: int
 
 
+_FOMOE_153M = CONFIGURATIONS["fomoe-153m"]
+assert isinstance(_FOMOE_153M, DecoderConfig)
 MODELS = (
     # FoMoE's 150M shape (Table 1) on bytes, which is what the trainer trains: with the paper's
     # vocabulary of 200,019 the unembedding would be 79% of the FLOPs and hide the layers.
-    Model("fomoe-153m", replace(CONFIGURATIONS["fomoe-153m"], vocab_size=256), 2048, 2, 256),
+    Model("fomoe-153m", replace(_FOMOE_153M, vocab_size=256), 2048, 2, 256),
     # The proportions of fine-grained models of today (OLMoE, Qwen3): narrow gated experts, 8 per
     # token, grouped key and value heads. Experts are 79% of the FLOPs, and the five fit 2 GB.
     Model(

@@ -10,7 +10,15 @@ import torch
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint, read_shards
 from fomoe.files import cannot
-from fomoe.models import Decoder, DecoderConfig, load_model, read_tokenizer_files, save_model
+from fomoe.models import (
+    Decoder,
+    LanguageModel,
+    build_model,
+    config_from_dict,
+    load_model,
+    read_tokenizer_files,
+    save_model,
+)
 from fomoe.models.files import MODEL_FILE
 from fomoe.nn import named_tensors
 
@@ -53,12 +61,16 @@ def export(
     if to == "fomoe":
         save_model(model, out, None if out.suffix == ".safetensors" else tokenizer)
         return
+    if not isinstance(model, Decoder):
+        raise UserError(
+            f"--format {to}: expected a model of the family 'decoder', got {model.config.family!r}"
+        )
     from fomoe.integrations.transformers import export_huggingface
 
     export_huggingface(model, out, tokenizer, "fomoe" if to == "huggingface" else to)
 
 
-def assemble(run: Path) -> tuple[Decoder, dict[str, bytes]]:
+def assemble(run: Path) -> tuple[LanguageModel, dict[str, bytes]]:
     """The model of a run's latest checkpoint, or of a checkpoint, and its tokenizer's files.
 
     The tokenizer is that of ``model.checkpoint``, else ``data.tokenizer``; none for bytes, or if it
@@ -67,16 +79,16 @@ def assemble(run: Path) -> tuple[Decoder, dict[str, bytes]]:
     Raises
     ------
     UserError
-        When there is no whole checkpoint, or it is not of a decoder.
+        When there is no whole checkpoint, or it is not of a language model.
     """
     checkpoint = Checkpoint(find_checkpoint(run))
     checkpoint.verify()
     try:
-        config = DecoderConfig.from_dict(checkpoint.manifest["model"])
+        config = config_from_dict(checkpoint.manifest["model"])
     except (ValueError, TypeError) as error:
-        raise UserError(f"{checkpoint.folder} is not of a decoder: {error}") from error
+        raise UserError(f"{checkpoint.folder} is not of a language model: {error}") from error
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build_model(config)
     model.to_empty(device="cpu")
     missing = dict(named_tensors(model))
     for record in checkpoint.files:

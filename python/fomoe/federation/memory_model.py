@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 from fomoe.federation.config import FederationConfig
 from fomoe.federation.placement import Placement
-from fomoe.models import DecoderConfig, parameter_count
+from fomoe.models import DecoderConfig, FoEConfig, LanguageModelConfig, parameter_count
 
 __all__ = ["paper_bytes", "site_memory"]
 
@@ -45,7 +45,7 @@ _BLOCK_BYTES = {"int8": 4 + 128, "int4": 4 + 64}
 
 
 def site_memory(
-    model: DecoderConfig,
+    model: LanguageModelConfig,
     federation: FederationConfig,
     placement: Placement,
     site: int,
@@ -58,7 +58,7 @@ def site_memory(
     """
     groups = list(_groups(model, federation, placement, site))
     held = sum(group.elements for group in groups)
-    rows_of_nobody = _ghosts(model, placement, site) if model.router == "partitioned" else 0
+    rows_of_nobody = _ghosts(model, placement, site) if model.moe().router == "partitioned" else 0
     allocated = held + rows_of_nobody * sum(_router_sizes(model))
     room, owned = sum(group.room for group in groups), sum(group.owned for group in groups)
     keeps_state = not federation.meets_every_step
@@ -77,15 +77,15 @@ def site_memory(
     }
 
 
-def paper_bytes(model: DecoderConfig, placement: Placement, site: int) -> int:
+def paper_bytes(model: LanguageModelConfig, placement: Placement, site: int) -> int:
     """What the FoMoE paper's model says of the same parameters."""
     held = parameter_count(model, placement.residents(site)).total
-    if model.router == "partitioned":
+    if model.moe().router == "partitioned":
         held -= _ghosts(model, placement, site) * sum(_router_sizes(model))
     return _PAPER_BYTES_PER_PARAMETER * held
 
 
-def _ghosts(model: DecoderConfig, placement: Placement, site: int) -> int:
+def _ghosts(model: LanguageModelConfig, placement: Placement, site: int) -> int:
     """Experts that are not on a site, over all layers."""
     held = sum(len(experts) for experts in placement.residents(site))
     return len(model.moe_layers) * model.num_experts - held
@@ -109,14 +109,14 @@ class _Group:
 
 
 def _groups(
-    model: DecoderConfig, federation: FederationConfig, placement: Placement, site: int
+    model: LanguageModelConfig, federation: FederationConfig, placement: Placement, site: int
 ) -> Iterator[_Group]:
     codec, sites = federation.codec, placement.sites
     sizes = _shared_sizes(model)
     room, payload = sum(_room(codec, n) for n in sizes), sum(_encoded(codec, n) for n in sizes)
     copies = payload // sites * (sites - 1)
     yield _Group(sum(sizes), len(sizes), room, room // sites, payload, copies)
-    full = model.router == "full"
+    full = model.moe().router == "full"
     for layer, experts in enumerate(placement.table):
         for expert, holders in enumerate(experts):
             owns = placement.owner(layer, expert) == site
@@ -145,17 +145,32 @@ def _encoded(codec: str, num_elements: int) -> int:
     return num_elements * (2 if codec == "bf16" else 4)
 
 
-def _shared_sizes(model: DecoderConfig) -> list[int]:
+def _shared_sizes(model: LanguageModelConfig) -> list[int]:
     """Elements of every tensor that is no expert's."""
+    sizes = [model.vocab_size * model.dim] * (1 if model.tie_embeddings else 2)
+    sizes += [model.dim] * (2 if model.norm == "peri" else 1)
+    sizes += [model.dim] * (4 if model.norm == "peri" else 2) * model.num_layers
+    if isinstance(model, FoEConfig):
+        return sizes + _sizes_of_foe(model)
+    assert isinstance(model, DecoderConfig)  # the other family
+    return sizes + _sizes_of_decoder(model)
+
+
+def _sizes_of_foe(model: FoEConfig) -> list[int]:
+    """Attention, of which every group has tensors of its own."""
+    heads = [each // model.num_groups for each in [*_input_heads(model), model.num_heads]]
+    group = [each * model.head_dim * model.dim for each in heads]
+    return group * model.num_groups * model.num_layers
+
+
+def _sizes_of_decoder(model: DecoderConfig) -> list[int]:
+    """Attention, dense layers and shared experts."""
     inputs = [heads * model.head_dim for heads in _input_heads(model)]
     layer = [size * model.dim for size in inputs] + [inputs[0] * model.dim]
     layer += inputs if model.qkv_bias else []
     layer += [model.dim] if model.attention_output_bias else []
     layer += [model.head_dim] * 2 if model.head_norm else []
-    layer += [model.dim] * (4 if model.norm == "peri" else 2)
-    sizes = [model.vocab_size * model.dim] * (1 if model.tie_embeddings else 2)
-    sizes += [model.dim] * (2 if model.norm == "peri" else 1)
-    sizes += layer * model.num_layers
+    sizes = layer * model.num_layers
     dense = model.dense_dim * model.dim
     sizes += [2 * dense, dense] * len(model.dense_layers)
     if model.shared_expert_dim > 0:
@@ -166,22 +181,22 @@ def _shared_sizes(model: DecoderConfig) -> list[int]:
     return sizes
 
 
-def _input_heads(model: DecoderConfig) -> list[int]:
+def _input_heads(model: LanguageModelConfig) -> list[int]:
     """Heads of the projections to queries, keys and values."""
     return [model.num_heads, model.num_kv_heads, model.num_kv_heads]
 
 
-def _expert_sizes(model: DecoderConfig) -> list[int]:
+def _expert_sizes(model: LanguageModelConfig) -> list[int]:
     """Elements of the first matrix, with a gate's rows, and of the second."""
     size = model.expert_dim * model.dim
     return [_matrices(model) * size, size]
 
 
-def _router_sizes(model: DecoderConfig) -> list[int]:
+def _router_sizes(model: LanguageModelConfig) -> list[int]:
     """Elements of an expert's row of the router, and of its bias."""
-    return [model.dim, 1] if model.router_bias else [model.dim]
+    return [model.dim, 1] if model.moe().router_bias else [model.dim]
 
 
-def _matrices(model: DecoderConfig) -> int:
+def _matrices(model: LanguageModelConfig) -> int:
     """Rows of the first matrix over the expert's width."""
     return 1 if model.activation == "silu" else 2

@@ -33,7 +33,11 @@ def shard(model: nn.Module, group: dist.ProcessGroup, device: torch.device) -> N
     Every module that is called as an entry of a ModuleList, as the blocks of a decoder are, gathers
     its parameters when it runs; the model itself gathers the rest.
     """
-    stacked = [module for module in model.modules() if hasattr(module, "expert_ids")]
+    stacked = [
+        module
+        for module in model.modules()
+        if hasattr(module, "expert_ids") or hasattr(module, "group_ids")
+    ]
     whole_ones = set()
     for module in stacked:
         module.to(device)

@@ -19,6 +19,11 @@ from fomoe.files import cannot
 from fomoe.models import (
     Decoder,
     DecoderConfig,
+    LanguageModel,
+    LanguageModelConfig,
+    build_model,
+    config_from_dict,
+    config_to_dict,
     configuration,
     load_weights,
     read_config,
@@ -95,11 +100,11 @@ class ExpertParallelTask(Protocol):
 
 
 class LanguageModelTask:
-    """A :class:`fomoe.models.Decoder` on the data, as the settings describe them."""
+    """A :class:`fomoe.models.LanguageModel` on the data, as the settings describe them."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.model_config = _decoder_config(config.model)
+        self.model_config = _model_config(config.model)
         self.num_layers = len(self.model_config.moe_layers)
         self.num_experts = self.model_config.num_experts
         self.data = _training_data(config)
@@ -112,7 +117,7 @@ class LanguageModelTask:
 
     @property
     def model_settings(self) -> dict[str, Any]:
-        return self.model_config.to_dict()
+        return config_to_dict(self.model_config)
 
     def check(self) -> None:
         if self.model_config.vocab_size < self.data.vocab_size:
@@ -127,16 +132,26 @@ class LanguageModelTask:
                 f"federation.strategy = {strategy!r} needs a model with experts, but every layer "
                 "of this one is dense"
             )
+        federation = self.config.federation
+        if not isinstance(self.model_config, DecoderConfig) and (
+            strategy == "ep" or federation.spread_experts
+        ):
+            setting = "strategy = 'ep'" if strategy == "ep" else "spread_experts"
+            raise UserError(
+                f"federation.{setting} needs a model of the family 'decoder', "
+                f"got {self.model_config.family!r}"
+            )
         _check_tokenizer(self.config)
         self.data.check()
 
     def build_model(self, residents: Sequence[Sequence[int]] | None) -> nn.Module:
-        return self._with_first_weights(Decoder(self.model_config, residents))
+        return self._with_first_weights(build_model(self.model_config, residents))
 
     def build_expert_parallel_model(self, exchanges: Sequence[ExpertExchange]) -> nn.Module:
+        assert isinstance(self.model_config, DecoderConfig)  # see check
         return self._with_first_weights(Decoder(self.model_config, exchanges=exchanges))
 
-    def _with_first_weights(self, model: Decoder) -> Decoder:
+    def _with_first_weights(self, model: LanguageModel) -> LanguageModel:
         """Of the tensors that ``model`` holds alone."""
         if self._checkpoint is None:
             initialize(model, self.config.training.seed)
@@ -234,23 +249,33 @@ def _check_tokenizer(config: Config) -> None:
         )
 
 
-def _decoder_config(settings: ModelConfig) -> DecoderConfig:
+def _model_config(settings: ModelConfig) -> LanguageModelConfig:
     if settings.checkpoint is not None:
-        stored = read_config(settings.checkpoint)
-        chosen = "router" in settings.model_fields_set
-        return replace(stored, router=settings.router) if chosen else stored
-    if settings.name is None:
-        values = settings.model_dump(exclude={"name", "checkpoint"})
+        return _with(read_config(settings.checkpoint), settings, "checkpoint")
+    if settings.name is not None:
         try:
-            return DecoderConfig(**values | {"capacity_factor": settings.capacity_factor or None})
-        except ValueError as error:  # which begins with the name of the field
-            raise UserError(f"model.{error}") from None
+            named = configuration(settings.name)
+        except ValueError as error:
+            raise UserError(f"model.name: {error}") from None
+        return _with(named, settings, "name")
+    values = settings.shape()
+    if "capacity_factor" in values:
+        values["capacity_factor"] = values["capacity_factor"] or None
     try:
-        named = configuration(settings.name)
-    except ValueError as error:
-        raise UserError(f"model.name: {error}") from None
-    beside = settings.model_fields_set - {"name"}
-    return replace(named, **{key: getattr(settings, key) for key in beside})
+        return config_from_dict(values)
+    except ValueError as error:  # which begins with the name of the field
+        raise UserError(f"model.{error}") from None
+
+
+def _with(config: LanguageModelConfig, settings: ModelConfig, setting: str) -> LanguageModelConfig:
+    """``config`` with what is set beside ``setting``, which names it."""
+    beside = {name: getattr(settings, name) for name in settings.model_fields_set - {setting}}
+    if "router" in beside and not isinstance(config, DecoderConfig):
+        raise UserError(
+            f"model.router: a model of the family {config.family!r} has no such setting, "
+            f"got {settings.router!r}"
+        )
+    return replace(config, **beside)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

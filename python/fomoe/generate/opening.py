@@ -8,7 +8,14 @@ import torch
 
 from fomoe.errors import UserError
 from fomoe.federation.checkpoint import Checkpoint, find_checkpoint
-from fomoe.models import Decoder, DecoderConfig, load_model, read_config
+from fomoe.models import (
+    LanguageModel,
+    LanguageModelConfig,
+    build_model,
+    config_from_dict,
+    load_model,
+    read_config,
+)
 from fomoe.nn import named_tensors
 
 __all__ = ["Opening"]
@@ -21,7 +28,7 @@ class Opening(NamedTuple):
     """
 
     path: Path
-    config: DecoderConfig
+    config: LanguageModelConfig
     folder: Path
     tokenizer: Path | None = None
     checkpoint: Checkpoint | None = None
@@ -41,13 +48,13 @@ class Opening(NamedTuple):
             return cls(path, read_config(path), path if path.is_dir() else path.parent)
         checkpoint = Checkpoint(find_checkpoint(path))
         try:
-            config = DecoderConfig.from_dict(checkpoint.manifest["model"])
+            config = config_from_dict(checkpoint.manifest["model"])
         except (TypeError, ValueError) as error:
-            raise UserError(f"{path} is not the run of a decoder: {error}") from error
+            raise UserError(f"{path} is not the run of a language model: {error}") from error
         tokenizer = checkpoint.manifest["config"]["data"]["tokenizer"]
         return cls(path, config, path, Path(tokenizer) if tokenizer else None, checkpoint)
 
-    def load(self, *, dtype: torch.dtype | None, device: torch.device) -> Decoder:
+    def load(self, *, dtype: torch.dtype | None, device: torch.device) -> LanguageModel:
         """The model, in evaluation mode; weights become ``dtype``, or stay what they are."""
         if self.checkpoint is None:
             return load_model(self.path, dtype=dtype).to(device)
@@ -55,7 +62,7 @@ class Opening(NamedTuple):
         values = self.checkpoint.model()
         stored = {value.dtype for value in values.values()}
         with torch.device("meta"):
-            model = Decoder(self.config).to(dtype or stored.pop())
+            model = build_model(self.config).to(dtype or stored.pop())
         model.to_empty(device=device)
         with torch.no_grad():
             for name, tensor in named_tensors(model):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fomoe.models.cache import LayerStep
-from fomoe.models.decoder_config import RopeScaling
+from fomoe.models.language_model_config import RopeScaling
 from fomoe.models.normalization import RMSNorm
 
 
@@ -72,6 +72,44 @@ def rotate(x: Tensor, by: Rotation) -> Tensor:
     return turned.to(x.dtype)
 
 
+def attend(
+    q_BHSN: Tensor,
+    k_BGSN: Tensor,
+    v_BGSN: Tensor,
+    positions: Rotation,
+    cache: LayerStep | None = None,
+    *,
+    sliding_window: int = 0,
+) -> Tensor:
+    """Rotated queries over rotated keys, causally, (B, H, S, N); see :class:`Attention`.
+
+    Of the H heads, the first H/G share the first key/value head, and so on.
+    """
+    q_BHSN, k_BGSN = rotate(q_BHSN, positions), rotate(k_BGSN, positions)
+    if cache is None:
+        mask = _window_mask(q_BHSN, sliding_window)
+    else:
+        k_BGSN, v_BGSN = cache.extend(k_BGSN, v_BGSN)
+        mask = cache.mask(sliding_window)
+    return F.scaled_dot_product_attention(
+        q_BHSN,
+        k_BGSN,
+        v_BGSN,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=q_BHSN.shape[1] != k_BGSN.shape[1],
+    )
+
+
+def _window_mask(q_BHSN: Tensor, sliding_window: int) -> Tensor | None:
+    """Which positions (column) one (row) sees, (S, S) bool; None: all up to itself."""
+    length = q_BHSN.shape[2]
+    if sliding_window == 0 or length <= sliding_window:
+        return None
+    past = torch.ones(length, length, dtype=torch.bool, device=q_BHSN.device).tril()
+    return past.triu(1 - sliding_window)
+
+
 class Attention(nn.Module):
     """Parameters: ``query`` (H*N, D), ``key`` and ``value`` (G*N, D), ``output`` (D, H*N).
 
@@ -102,7 +140,6 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.grouped = num_kv_heads != num_heads
         self.sliding_window = sliding_window
         self.query = nn.Linear(dim, num_heads * head_dim, bias=qkv_bias)
         self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=qkv_bias)
@@ -123,28 +160,13 @@ class Attention(nn.Module):
         q_BHSN, k_BGSN, v_BGSN = (
             p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projections
         )
-        q_BHSN = rotate(self.query_norm(q_BHSN), positions)
-        k_BGSN = rotate(self.key_norm(k_BGSN), positions)
-        if cache is None:
-            mask = self._window_mask(x_BSD)
-        else:
-            k_BGSN, v_BGSN = cache.extend(k_BGSN, v_BGSN)
-            mask = cache.mask(self.sliding_window)
-        y_BHSN = F.scaled_dot_product_attention(
-            q_BHSN,
-            k_BGSN,
+        y_BHSN = attend(
+            self.query_norm(q_BHSN),
+            self.key_norm(k_BGSN),
             v_BGSN,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.grouped,
+            positions,
+            cache,
+            sliding_window=self.sliding_window,
         )
         y_BSD: Tensor = self.output(y_BHSN.transpose(1, 2).flatten(2))
         return y_BSD
-
-    def _window_mask(self, x_BSD: Tensor) -> Tensor | None:
-        """Which positions (column) one (row) sees, (S, S) bool; None: all up to itself."""
-        length = x_BSD.shape[1]
-        if self.sliding_window == 0 or length <= self.sliding_window:
-            return None
-        past = torch.ones(length, length, dtype=torch.bool, device=x_BSD.device).tril()
-        return past.triu(1 - self.sliding_window)

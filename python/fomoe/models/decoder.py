@@ -7,16 +7,14 @@ B batch, S sequence, V vocabulary, D model width.
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fomoe.comm import ExpertExchange
-from fomoe.models.attention import Attention, Rotation, rotation
-from fomoe.models.cache import CacheStep, KeyValueCache, LayerStep
+from fomoe.models.attention import Attention, Rotation
+from fomoe.models.cache import LayerStep
 from fomoe.models.decoder_config import DecoderConfig
 from fomoe.models.feed_forward import FeedForward
+from fomoe.models.language_model import LanguageModel, peri_norm
 from fomoe.models.normalization import RMSNorm
 from fomoe.nn import MoE
 
@@ -45,11 +43,11 @@ class DecoderLayer(nn.Module):
             head_norm_epsilon=config.norm_epsilon if config.head_norm else None,
             sliding_window=config.sliding_window,
         )
-        self.attention_output_norm = _peri_norm(config)
+        self.attention_output_norm = peri_norm(config)
         self.moe_norm = RMSNorm(config.dim, config.norm_epsilon)
         self.moe = block if isinstance(block, MoE) else None
         self.feed_forward = block if isinstance(block, FeedForward) else None
-        self.moe_output_norm = _peri_norm(config)
+        self.moe_output_norm = peri_norm(config)
 
     def forward(self, x_BSD: Tensor, positions: Rotation, cache: LayerStep | None = None) -> Tensor:
         added = self.attention(self.attention_norm(x_BSD), positions, cache)
@@ -63,12 +61,8 @@ class DecoderLayer(nn.Module):
         return x_BSD
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """Tokens to next-token logits. Peri-LN is FoMoE's (arXiv 2606.19025).
-
-    Weights are random after construction; :func:`fomoe.nn.initialize` sets them from a seed. With
-    the attribute ``gradient_checkpointing`` set, training keeps each layer's input alone and
-    computes the layer again in the backward.
 
     Parameters
     ----------
@@ -86,100 +80,16 @@ class Decoder(nn.Module):
         layer, or one does not fit.
     """
 
+    config: DecoderConfig
+
     def __init__(
         self,
         config: DecoderConfig,
         resident_experts: Sequence[Sequence[int]] | None = None,
         exchanges: Sequence[ExpertExchange] | None = None,
     ) -> None:
-        super().__init__()
-        self.config = config
-        self.gradient_checkpointing = False
-        self.embedding = nn.Embedding(config.vocab_size, config.dim)
-        nn.init.normal_(self.embedding.weight, std=config.dim**-0.5)
-        self.embedding_norm = _peri_norm(config)
-        self.layers = nn.ModuleList(_build_layers(config, resident_experts, exchanges))
-        self.norm = RMSNorm(config.dim, config.norm_epsilon)
-        if not config.tie_embeddings:
-            self.unembedding = nn.Linear(config.dim, config.vocab_size, bias=False)
-
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Logits of the token that follows each position.
-
-        Parameters
-        ----------
-        tokens_BS : Tensor, (B, S), int64
-            Token ids in [0, V).
-
-        Returns
-        -------
-        Tensor, (B, S, V), dtype of the weights, or the autocast dtype
-
-        Raises
-        ------
-        ValueError
-            If the tokens are not two-dimensional int64.
-        """
-        return self.unembed(self.hidden(tokens_BS))
-
-    def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache:
-        """Room for ``batch_size`` sequences of at most ``capacity`` tokens."""
-        config, weight = self.config, self.embedding.weight
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(weight.device.type):
-            dtype = torch.get_autocast_dtype(weight.device.type)
-        return KeyValueCache(
-            config.num_layers,
-            batch_size,
-            config.num_kv_heads,
-            capacity,
-            config.head_dim,
-            dtype=dtype,
-            device=weight.device,
-        )
-
-    def hidden(self, tokens_BS: Tensor, cache: CacheStep | None = None) -> Tensor:
-        """What :meth:`unembed` makes logits of, (B, S, D).
-
-        With a step of a cache the tokens follow those of earlier steps, S is the step's number of
-        tokens, and what belongs to padding means nothing.
-        """
-        if tokens_BS.dim() != 2 or tokens_BS.dtype != torch.int64:
-            raise ValueError(
-                "Decoder: expected tokens of shape (B, S) and dtype torch.int64, got "
-                f"{tuple(tokens_BS.shape)} and {tokens_BS.dtype}"
-            )
-        x_BSD: Tensor = self.embedding_norm(self.embedding(tokens_BS))
-        positions = rotation(
-            tokens_BS.shape[1] if cache is None else cache.num_visible,
-            self.config.head_dim,
-            self.config.rope_theta,
-            scaling=self.config.rope_scaling,
-            dtype=torch.promote_types(x_BSD.dtype, torch.float32),
-            device=x_BSD.device,
-        )
-        if cache is not None:
-            positions = positions.at(cache.positions_BS)
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        for index, layer in enumerate(self.layers):
-            step = None if cache is None else cache.layer(index)
-            if again:
-                x_BSD = checkpoint(layer, x_BSD, positions, step, use_reentrant=False)
-            else:
-                x_BSD = layer(x_BSD, positions, step)
-        normed: Tensor = self.norm(x_BSD)
-        return normed
-
-    def unembed(self, x: Tensor) -> Tensor:
-        """Logits (..., V) of hidden (..., D)."""
-        unembedding = self.embedding if self.config.tie_embeddings else self.unembedding
-        return F.linear(x, unembedding.weight)
-
-
-def _peri_norm(config: DecoderConfig) -> nn.Module:
-    if config.norm == "peri":
-        return RMSNorm(config.dim, config.norm_epsilon)
-    return nn.Identity()
+        layers = list(_build_layers(config, resident_experts, exchanges))
+        super().__init__(config, layers, config.num_kv_heads)
 
 
 def _build_layers(

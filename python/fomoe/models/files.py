@@ -2,8 +2,8 @@
 """Model files: one safetensors file, alone or in a folder with the files of its tokenizer.
 
 The tensors have the names of :mod:`fomoe.nn.naming`, each expert its own. The header holds
-``fomoe_format_version``, ``fomoe_family`` ("decoder") and ``fomoe_model``, the configuration as
-JSON, so that a file says by itself how to rebuild its model.
+``fomoe_format_version`` and ``fomoe_model``, the configuration with its family as JSON, so that a
+file says by itself how to rebuild its model.
 """
 
 import json
@@ -20,8 +20,9 @@ from torch import nn
 
 from fomoe.errors import UserError
 from fomoe.files import cannot, write_whole
-from fomoe.models.decoder import Decoder
-from fomoe.models.decoder_config import DecoderConfig
+from fomoe.models.families import build_model, config_from_dict, config_to_dict
+from fomoe.models.language_model import LanguageModel
+from fomoe.models.language_model_config import LanguageModelConfig
 from fomoe.models.parameter_count import parameter_count
 from fomoe.nn import named_tensors
 
@@ -43,17 +44,16 @@ TOKENIZER_FILES = (  # and what else text generation needs: where to stop
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
-_FAMILY = "decoder"
 
 
 def save_model(
-    model: Decoder, path: str | Path, tokenizer: Mapping[str, bytes] | None = None
+    model: LanguageModel, path: str | Path, tokenizer: Mapping[str, bytes] | None = None
 ) -> None:
     """Write ``model`` so that :func:`load_model` reads an equal one.
 
     Parameters
     ----------
-    model : Decoder
+    model : LanguageModel
         With all its experts.
     path : str or Path
         A file if it ends in ``.safetensors``, else a folder, made if it is missing, for
@@ -73,7 +73,7 @@ def save_model(
     if path.suffix == ".safetensors" and tokenizer:
         raise UserError(f"cannot write {path}: a tokenizer needs a folder to be in")
     file = model_file(path)
-    header = model_header(model.config.to_dict())
+    header = model_header(model.config)
     try:
         with cannot(f"write {path}"):
             for name, content in (tokenizer or {}).items():
@@ -88,8 +88,8 @@ def load_model(
     resident_experts: Sequence[Sequence[int]] | None = None,
     *,
     dtype: torch.dtype | None = None,
-) -> Decoder:
-    """The decoder in a model file, or in the folder of one, in evaluation mode on the CPU.
+) -> LanguageModel:
+    """The model in a model file, or in the folder of one, in evaluation mode on the CPU.
 
     With ``resident_experts`` (ids per layer with experts) only those experts are read and held.
     Weights become ``dtype``, by default what the file has. Takes the memory of the model, and while
@@ -105,7 +105,7 @@ def load_model(
     if dtype is None:
         dtype = _dtype(model_file(path))
     with torch.device("meta"):
-        model = Decoder(config, resident_experts).to(dtype)
+        model = build_model(config, resident_experts).to(dtype)
     model.to_empty(device="cpu")
     load_weights(model, path)
     return model.eval()
@@ -140,17 +140,16 @@ def model_file(path: str | Path) -> Path:
     return path if is_file else path / MODEL_FILE
 
 
-def model_header(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The header of a model file, for a configuration as JSON-able values."""
+def model_header(config: LanguageModelConfig) -> dict[str, str]:
+    """The header of a file of this model."""
     return {
         "format": "pt",
         "fomoe_format_version": str(MODEL_FORMAT_VERSION),
-        "fomoe_family": _FAMILY,
-        "fomoe_model": json.dumps(settings),
+        "fomoe_model": json.dumps(config_to_dict(config)),
     }
 
 
-def read_config(path: str | Path) -> DecoderConfig:
+def read_config(path: str | Path) -> LanguageModelConfig:
     """The configuration in the header of a model file, or of the file in a folder.
 
     Raises
@@ -169,10 +168,7 @@ def read_config(path: str | Path) -> DecoderConfig:
                 f"{path} has format version {version}; "
                 f"this fomoe reads up to {MODEL_FORMAT_VERSION}"
             )
-        family = header.get("fomoe_family", _FAMILY)  # files of the first runs do not say it
-        if family != _FAMILY:
-            raise UserError(f"{path}: expected a model of the family {_FAMILY!r}, got {family!r}")
-        return DecoderConfig.from_dict(json.loads(header["fomoe_model"]))
+        return config_from_dict(json.loads(header["fomoe_model"]))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: the header does not describe a fomoe model: {error}") from error
 

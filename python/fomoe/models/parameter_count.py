@@ -2,9 +2,10 @@
 """How many parameters a model has, without building it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fomoe.models.decoder_config import DecoderConfig
+from fomoe.models.language_model_config import LanguageModelConfig
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -33,9 +34,12 @@ class ParameterCount:
 
 
 def parameter_count(
-    config: DecoderConfig, resident_experts: Sequence[Sequence[int]] | None = None
+    config: LanguageModelConfig, resident_experts: Sequence[Sequence[int]] | None = None
 ) -> ParameterCount:
-    """Count the parameters of ``Decoder(config, resident_experts)`` in closed form."""
+    """Count the parameters of a model with these residents per layer, in closed form."""
+    if not isinstance(config, DecoderConfig):  # a FoE has those of a decoder of the same shape
+        common = fields(LanguageModelConfig)
+        config = DecoderConfig(**{field.name: getattr(config, field.name) for field in common})
     num_moe = len(config.moe_layers)
     num_residents = (
         num_moe * config.num_experts

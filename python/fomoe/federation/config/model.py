@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section [model]. Imports no torch."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -18,11 +18,17 @@ __all__ = ["ModelConfig"]
 
 # What names a whole model, and what may be set beside it.
 _NAMED = {"name": ("vocab_size", "router"), "checkpoint": ("router",)}
+_ONLY_FOE = {"softmax_over"}
+_ONLY_DECODER = {
+    "router", "router_bias", "num_groups", "top_k_groups", "group_score", "capacity_factor",
+    "score_after_top_k", "shared_expert_dim", "shared_expert_gate", "dense_layers", "dense_dim",
+    "qkv_bias", "attention_output_bias", "head_norm", "sliding_window",
+}  # fmt: skip
 
 
 class ModelConfig(Section):
-    """The decoder: the fields of fomoe.models.DecoderConfig, or `name`, one of its named ones, or
-    `checkpoint`, a model to go on from.
+    """The model: the fields of fomoe.models.DecoderConfig, with `family` "foe" those of FoEConfig;
+    or `name`, a named one; or `checkpoint`, a model to go on from.
 
     With `name`, only `vocab_size` and `router` may be set beside it, with `checkpoint` only
     `router`; they win over what is named.
@@ -31,6 +37,8 @@ class ModelConfig(Section):
     name: str | None = None
     checkpoint: Annotated[Text, Field(min_length=1)] | None = None
     """A model file, or the folder of one, whose weights every site starts from."""
+    family: Literal["decoder", "foe"] = "decoder"
+    """foe: a Federation of Experts, with a group of experts for every key/value head."""
     vocab_size: Annotated[int, Field(ge=256)] = 256
     dim: Count = 256
     num_layers: Count = 4
@@ -56,6 +64,8 @@ class ModelConfig(Section):
     score: Literal["softmax", "sigmoid"] = "softmax"
     score_after_top_k: bool = False
     renormalize: bool = False
+    softmax_over: Literal["all", "group"] = "all"
+    """Experts that the scores of a FoE are a softmax over."""
     scale: Positive = 1.0
     shared_expert_dim: CountOrZero = 0
     shared_expert_gate: bool = False
@@ -74,6 +84,11 @@ class ModelConfig(Section):
     balance_loss_coefficient: NotNegative = 1e-2
     z_loss_coefficient: NotNegative = 1e-3
 
+    def shape(self) -> dict[str, Any]:
+        """The fields of the family's configuration, by name."""
+        other = _ONLY_FOE if self.family == "decoder" else _ONLY_DECODER
+        return self.model_dump(exclude={"name", "checkpoint", *other})
+
     @property
     def is_named(self) -> bool:
         """Whether the shape is elsewhere, and the fields here mean nothing unless they are set."""
@@ -91,6 +106,11 @@ class ModelConfig(Section):
                 )
         if self.is_named:
             return self
+        unknown = _ONLY_FOE if self.family == "decoder" else _ONLY_DECODER
+        for key in sorted(unknown):
+            if getattr(self, key) == type(self).model_fields[key].default:
+                continue
+            raise ValueError(f"model.family = {self.family!r} has no setting model.{key}")
         if "head_dim" not in self.model_fields_set and self.dim % self.num_heads:
             raise ValueError(
                 f"model.dim = {self.dim} is not divisible by model.num_heads = {self.num_heads} "

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fomoe.errors import UserError
-from fomoe.models.decoder_config import DecoderConfig, RopeScaling
+from fomoe.models.decoder_config import DecoderConfig
+from fomoe.models.language_model_config import RopeScaling
 
 __all__ = ["FAMILIES", "Family", "decoder_config"]
 
