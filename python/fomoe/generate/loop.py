@@ -47,11 +47,16 @@ class Generation:
 
 
 def generate(
-    model: Model, prompts: Sequence[Sequence[int]], settings: Generation
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    settings: Generation,
+    *,
+    first: int = 0,
+    any_rank: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """The new tokens of every prompt, see :func:`stream`."""
     texts: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, settings):
+    for step in stream(model, prompts, settings, first=first, any_rank=any_rank):
         for sequence, token in step.items():
             texts[sequence].append(token)
     return texts

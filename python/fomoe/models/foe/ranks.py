@@ -51,7 +51,7 @@ class GroupRanks:
         timeout: float = 600.0,
     ) -> None:
         world, rank, num_groups = dist.get_world_size(), dist.get_rank(), config.num_groups
-        self.members = _members(world, config)
+        self.members = members_of_a_group(world, config)
         self.member = rank % self.members
         """Which part of the tokens is here, of as many as a group has ranks."""
         self.num_groups = num_groups
@@ -135,8 +135,8 @@ class GroupRanks:
         return x
 
 
-def _members(world: int, config: FoEConfig) -> int:
-    """Ranks per group, 1 if there are no more ranks than groups."""
+def members_of_a_group(world: int, config: FoEConfig) -> int:
+    """Ranks per group among ``world``, 1 if there are no more of them than groups."""
     num_groups = config.num_groups
     if world <= num_groups and num_groups % world == 0:
         return 1
