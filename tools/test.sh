@@ -67,6 +67,7 @@ stage c++ 180 cpp
 stage kernels 30 kernels
 stage ops 180 tests tests/ops tests/reference tests/packaging
 stage cuda 60 tests tests/cuda
+stage foe 60 tests tests/foe
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage bench 60 tests tests/bench
 stage conversion 120 tests tests/convert tests/integrations

@@ -3,7 +3,7 @@
 
 import torch
 
-from fomoe.models import Decoder, DecoderConfig, RopeScaling
+from fomoe.models import build_model, config_from_dict
 from fomoe.nn import initialize
 
 SHAPE = {"vocab_size": 61, "dim": 24, "num_layers": 3, "num_heads": 4, "num_kv_heads": 2,
@@ -23,13 +23,14 @@ MODELS = {
         "dense_layers": (0, 1, 2),
         "dense_dim": 40,
         "head_norm": True,
-        "rope_scaling": RopeScaling(kind="linear", factor=2.0),
+        "rope_scaling": {"kind": "linear", "factor": 2.0},
     },
     "windowed": {"sliding_window": 5},
+    "foe": {"family": "foe", "top_k": 4},
 }
 
 
 def tiny_model(kind="moe", dtype=torch.float64, **settings):
-    model = Decoder(DecoderConfig(**SHAPE | MODELS[kind] | settings))
+    model = build_model(config_from_dict({"family": "decoder"} | SHAPE | MODELS[kind] | settings))
     initialize(model, seed=7)
     return model.to(dtype).eval()

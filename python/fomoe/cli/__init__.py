@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fomoe.errors import SiteFailed, UserError
+from fomoe.errors import CommunicationError, SiteFailed, UserError
 
 if TYPE_CHECKING:
     import typer
@@ -54,15 +54,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0, 2 for a user's mistake and 1 for a site that failed (one sentence on
-        stderr), 130 for Ctrl-C. An error of the program itself is raised.
+        The exit code: 0, 2 for a user's mistake and 1 for a site or rank that failed (one sentence
+        on stderr), 130 for Ctrl-C. An error of the program itself is raised.
     """
     try:
         _app()(args=arguments)  # loaded here, so that Ctrl-C while it loads is dealt with too
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SiteFailed as error:
+    except (SiteFailed, CommunicationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `fomoe generate` does."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 from fomoe.errors import UserError
 from fomoe.generate.loop import Generation, Model, stream
 from fomoe.generate.opening import Opening
+from fomoe.generate.ranks import Ranks, ranks_of_this_run
 from fomoe.generate.sampling import Sampling
 from fomoe.generate.text import Decoding, Text, text_of
 
@@ -43,20 +45,26 @@ def run(request: Request, out: TextIO = sys.stdout, report: TextIO = sys.stderr)
         Before any weight is read: what does not fit.
     """
     device = _device(request.device)
+    with ranks_of_this_run(device) as ranks:
+        _run(request, device, ranks, out, report)
+
+
+def _run(request: Request, device: torch.device, ranks: Ranks, out: TextIO, report: TextIO) -> None:
     opening = Opening.of(request.checkpoint)
     text = text_of(
         opening.folder, request.tokenizer or opening.tokenizer, opening.config.vocab_size
     )
     prompts = _encoded(request, text, opening.config.context_length)
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
-    model = opening.load(dtype=dtype, device=device)
+    ranks.share_out(opening.config)
+    model = opening.load(dtype=dtype, device=device, build=ranks.build)
     settings = Generation(
         max_new_tokens=request.max_new_tokens,
         sampling=request.sampling,
         stop_tokens=text.stop_tokens,
     )
     decodings = [text.decoding(tokens) for tokens in prompts]
-    _Writing(request.prompts, decodings, out, report).write(model, prompts, settings)
+    _Writing(request.prompts, decodings, ranks, out, report).write(model, prompts, settings)
 
 
 def _encoded(request: Request, text: Text, context_length: int) -> list[list[int]]:
@@ -79,51 +87,86 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device: expected cpu, cuda or cuda:NUMBER, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this torch finds no GPU")
+    if device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
 class _Writing:
+    """Of the texts of all prompts, by the rank that writes.
+
+    A single prompt's text comes as it is made: the first rank has the first prompt.
+    """
+
     def __init__(
-        self, prompts: Sequence[str], decodings: Sequence[Decoding], out: TextIO, report: TextIO
+        self,
+        prompts: Sequence[str],
+        decodings: Sequence[Decoding],
+        ranks: Ranks,
+        out: TextIO,
+        report: TextIO,
     ) -> None:
-        self.prompts, self.out, self.report = prompts, out, report
+        self.prompts, self.ranks, self.out, self.report = prompts, ranks, out, report
         self.decodings = decodings
-        self.texts = [""] * len(prompts)
+        self.streams = len(prompts) == 1 and ranks.writes
 
     def write(self, model: Model, prompts: Sequence[Sequence[int]], settings: Generation) -> None:
-        alone = len(prompts) == 1
-        if alone:
+        here = self.ranks.prompts(len(prompts))
+        texts = dict.fromkeys(here, "")
+        if self.streams:
             self._say(self.prompts[0])
         times, num_tokens = [time.perf_counter()], 0
-        for step in stream(model, prompts, settings):
+        for step in stream(
+            model,
+            prompts[here.start : here.stop],
+            settings,
+            first=here.start,
+            any_rank=self.ranks.any_rank,
+        ):
             times.append(time.perf_counter())
             num_tokens += len(step)
             for index, token in step.items():
-                added = self.decodings[index].push(token)
-                self.texts[index] += added
-                if alone:
-                    self._say(added)
-        for index, decoding in enumerate(self.decodings):
-            rest = decoding.end()
-            self.texts[index] += rest
-            if alone:
-                self._say(rest + "\n")
-            else:
-                self._say(f"--- {index + 1}\n{self.prompts[index]}{self.texts[index]}\n")
-        self._report(times, num_tokens, sum(map(len, prompts)))
+                texts[here[index]] += self._shown(self.decodings[here[index]].push(token))
+        for number in here:
+            texts[number] += self._shown(self.decodings[number].end())
+        everyones = self.ranks.all_texts(list(texts.values()))
+        if not self.ranks.writes:
+            return
+        if self.streams:
+            self._say("\n")
+        else:
+            for number, (prompt, text) in enumerate(zip(self.prompts, everyones, strict=True), 1):
+                self._say(f"--- {number}\n{prompt}{text}\n")
+        num_prompt_tokens = sum(len(prompts[number]) for number in here)
+        self._report(times, num_tokens, num_prompt_tokens, len(here) < len(prompts))
+
+    def _shown(self, text: str) -> str:
+        if self.streams:
+            self._say(text)
+        return text
 
     def _say(self, text: str) -> None:
         self.out.write(text)
         self.out.flush()
 
-    def _report(self, times: Sequence[float], num_tokens: int, num_prompt_tokens: int) -> None:
+    def _report(
+        self,
+        times: Sequence[float],
+        num_tokens: int,
+        num_prompt_tokens: int,
+        others_have_some: bool,
+    ) -> None:
+        where = " on the first rank" if others_have_some else ""
         if len(times) < 2:
-            print("no new tokens", file=self.report)
+            print(f"no new tokens{where}", file=self.report)
             return
         first = times[1] - times[0]
-        parts = [f"{num_prompt_tokens} prompt tokens, first new ones after {first:.2f} s"]
+        parts = [f"{num_prompt_tokens} prompt tokens{where}, first new ones after {first:.2f} s"]
         if len(times) > 2:
             seconds = times[-1] - times[1]
             parts.append(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model to generate with: of `fomoe export` or `fomoe convert`, or a run of `fomoe train`."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,9 +14,10 @@ from fomoe.models import (
     LanguageModelConfig,
     build_model,
     config_from_dict,
-    load_model,
+    load_weights,
     read_config,
 )
+from fomoe.models.files import stored_dtype
 from fomoe.nn import named_tensors
 
 __all__ = ["Opening"]
@@ -54,15 +56,28 @@ class Opening(NamedTuple):
         tokenizer = checkpoint.manifest["config"]["data"]["tokenizer"]
         return cls(path, config, path, Path(tokenizer) if tokenizer else None, checkpoint)
 
-    def load(self, *, dtype: torch.dtype | None, device: torch.device) -> LanguageModel:
-        """The model, in evaluation mode; weights become ``dtype``, or stay what they are."""
+    def load(
+        self,
+        *,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        build: Callable[[LanguageModelConfig], LanguageModel] = build_model,
+    ) -> LanguageModel:
+        """What ``build`` makes of it, in evaluation mode.
+
+        Weights become ``dtype``, or stay what they are.
+        """
         if self.checkpoint is None:
-            return load_model(self.path, dtype=dtype).to(device)
+            with torch.device("meta"):
+                model = build(self.config).to(dtype or stored_dtype(self.path))
+            model.to_empty(device=device)
+            load_weights(model, self.path)
+            return model.eval()
         self.checkpoint.verify()
         values = self.checkpoint.model()
         stored = {value.dtype for value in values.values()}
         with torch.device("meta"):
-            model = build_model(self.config).to(dtype or stored.pop())
+            model = build(self.config).to(dtype or stored.pop())
         model.to_empty(device=device)
         with torch.no_grad():
             for name, tensor in named_tensors(model):

@@ -36,6 +36,7 @@ __all__ = [
     "read_config",
     "read_tokenizer_files",
     "save_model",
+    "stored_dtype",
 ]
 
 MODEL_FORMAT_VERSION = 1
@@ -103,7 +104,7 @@ def load_model(
     """
     config = read_config(path)
     if dtype is None:
-        dtype = _dtype(model_file(path))
+        dtype = stored_dtype(path)
     with torch.device("meta"):
         model = build_model(config, resident_experts).to(dtype)
     model.to_empty(device="cpu")
@@ -186,8 +187,14 @@ def read_tokenizer_files(folder: str | Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
-def _dtype(path: Path) -> torch.dtype:
-    """Of the embedding, which every model has."""
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """Of a model file's embedding, which every model has.
+
+    Raises
+    ------
+    UserError
+        When the file cannot be read, or has none.
+    """
     with _opened(path) as file:
         if "embedding.weight" not in file.keys():  # noqa: SIM118  it is no dict
             raise UserError(f"{path} lacks embedding.weight, which its header promises")

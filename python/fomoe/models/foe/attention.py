@@ -53,13 +53,17 @@ class GroupAttention(nn.Module):
         )
         y_BHSN = attend(q_BHSN, k_BGSN, v_BGSN, positions, cache)
         batch, _, length, width = y_BHSN.shape
-        y_BGRSN = y_BHSN.view(batch, len(self.group_ids), -1, length, width)
+        num_heads = self.query.shape[1] // width
+        y_BGRSN = y_BHSN.view(batch, len(self.group_ids), num_heads, length, width)
         y_GTM = y_BGRSN.permute(1, 0, 3, 2, 4).flatten(3).flatten(1, 2)
         added_GTD = y_GTM @ self.output.mT
-        return added_GTD.view(added_GTD.shape[0], batch, length, -1)
+        num_groups, _, dim = added_GTD.shape
+        return added_GTD.view(num_groups, batch, length, dim)
 
     def _heads(self, x_GBSD: Tensor, weight_GMD: Tensor) -> Tensor:
         """All groups' heads as (B, G*M/N, S, N), for a projection to M = heads * N."""
         y_GTM = x_GBSD.flatten(1, 2) @ weight_GMD.mT
-        y_GBSRN = y_GTM.view(y_GTM.shape[0], *x_GBSD.shape[1:3], -1, self.head_dim)
+        num_groups, _, width = y_GTM.shape
+        num_heads = width // self.head_dim
+        y_GBSRN = y_GTM.view(num_groups, *x_GBSD.shape[1:3], num_heads, self.head_dim)
         return y_GBSRN.permute(1, 0, 3, 2, 4).flatten(1, 2)
