@@ -28,13 +28,15 @@ class NoiseTask(LanguageModelTask):
         return torch.randint(0, 256, (1, 9), generator=torch.Generator().manual_seed(step))
 
 
-def config(strategy="fomoe", router="full", shared_expert_dim=0, **federation):
+def config(strategy="fomoe", router="full", shared_expert_dim=0, family="decoder", **federation):
     if strategy == "fomoe":
         federation["overlap"] = 2
     model = {
         "dim": 32, "num_layers": 2, "expert_dim": 48, "norm": "peri", "router": router,
         "shared_expert_dim": shared_expert_dim,
     }  # fmt: skip
+    if family == "foe":
+        model = {"family": "foe", "dim": 32, "num_layers": 2, "expert_dim": 48, "top_k": 4}
     federation |= {"strategy": strategy, "sites": SITES, "local_steps": 1, "rounds": 2}
     return Config.from_dict({"model": model, "federation": federation})
 
@@ -141,11 +143,14 @@ EVERY_KIND = [
     config(codec="int8"),
     config("diloco", codec="int4"),
     config(codec="int8", outer="average", router_mean="holders"),
+    config(family="foe"),
+    config(family="foe", codec="int8"),
 ]
 
 
 @pytest.mark.parametrize("settings", EVERY_KIND, ids=lambda c: "-".join(
-    [c.federation.strategy, c.federation.outer, c.federation.codec, c.model.router]
+    [c.model.family, c.federation.strategy, c.federation.outer, c.federation.codec,
+     c.model.router]
 ))  # fmt: skip
 def test_the_closed_form_is_what_a_run_measures(settings):
     task = NoiseTask(settings)
