@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 PYTHON ?= python3
 
-.PHONY: demo test gpu-check gpu-wheels bench-federation bench-wan clean
+.PHONY: demo test gpu-check gpu-wheels bench-federation bench-generation bench-wan clean
 
 # Set up, install, and train one model over four sites with three strategies.
 demo:
@@ -30,11 +30,17 @@ bench-federation:
 	$(BENCH_ENVIRONMENT) $(PYTHON) bench/federation/round.py --output $(BENCH_RESULTS)/round_4-sites.json
 	$(BENCH_ENVIRONMENT) $(PYTHON) bench/federation/training_step.py --output $(BENCH_RESULTS)/training-step_1-thread.jsonl
 
+# FoE against an expert-parallel MoE of one shape, over ranks of one machine.
+bench-generation:
+	mkdir -p $(BENCH_RESULTS)
+	$(BENCH_ENVIRONMENT) $(PYTHON) bench/generation/foe_latency.py --output $(BENCH_RESULTS)/foe-latency.jsonl
+
 # As root: sites in network namespaces joined by links of 100 Mbit/s and 20 ms.
 bench-wan:
 	mkdir -p $(BENCH_RESULTS)
 	$(BENCH_ENVIRONMENT) $(PYTHON) bench/wan/run.py --output $(BENCH_RESULTS)/wan_4-sites.json --plot $(BENCH_RESULTS)/wan_4-sites.svg
 	$(BENCH_ENVIRONMENT) $(PYTHON) bench/wan/all_to_all.py --output $(BENCH_RESULTS)/all-to-all_slow-links.jsonl
+	$(BENCH_ENVIRONMENT) $(PYTHON) bench/generation/foe_latency.py --slow-link --output $(BENCH_RESULTS)/foe-latency_slow-link.jsonl
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache
