@@ -55,7 +55,7 @@ def work(settings: dict[str, Any], rank: int, address: str, port: int) -> None:
     transport = C10dTransport(Topology(settings["nodes"]))
     owners = [expert * size // SHAPE["num_experts"] for expert in range(SHAPE["num_experts"])]
     exchanges = [ExpertExchange(transport, owners) for _ in range(SHAPE["num_layers"])]
-    groups = GroupRanks(FoEConfig(**SHAPE))
+    groups = GroupRanks(FoEConfig(**SHAPE), settings["nodes"])
     moe = Decoder(DecoderConfig(**SHAPE), exchanges=exchanges).bfloat16().eval()
     foe = FoE(FoEConfig(**SHAPE), ranks=groups).bfloat16().eval()
     for model in (moe, foe):
@@ -63,7 +63,7 @@ def work(settings: dict[str, Any], rank: int, address: str, port: int) -> None:
 
     def sent() -> dict[str, int]:
         away = sum(n for e in exchanges for link, n in e.bytes_sent.items() if link != "local")
-        return {MOE: away, FOE: groups.bytes_reduced}
+        return {MOE: away, FOE: groups.sum.bytes_added}
 
     for tokens in settings["tokens"]:
         everyone = sequences(tokens)

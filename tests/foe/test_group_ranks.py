@@ -7,7 +7,7 @@ import pytest
 from foe_ranks import CONFIG
 
 from fomoe.models import FoE
-from fomoe.models.foe.ranks import members_of_a_group
+from fomoe.models.foe.ranks import members_of_a_group, node_of_rank
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,16 @@ def test_other_numbers_of_ranks_are_refused(num_ranks, sentence):
 def test_residents_beside_ranks_are_refused():
     with pytest.raises(ValueError, match="expected none beside ranks"):
         FoE(replace(CONFIG), [()] * 3, ranks=object())
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sentence"),
+    [
+        ([4, 2], "nodes: expected 8 ranks in all, got 6"),
+        ([3, 5], "expected the 2 ranks of a group on one node, got ranks 2 to 3 on two"),
+    ],
+)
+def test_nodes_that_do_not_fit_are_refused(nodes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        node_of_rank(nodes, 8, 2)
+    assert node_of_rank([2, 6], 8, 2) == [0, 0, 1, 1, 1, 1, 1, 1]

@@ -4,6 +4,7 @@
 import multiprocessing
 import os
 import signal
+from collections import Counter
 
 import foe_ranks
 import numpy as np
@@ -99,7 +100,7 @@ def test_texts_are_those_of_one_process(shape, found):
 @pytest.mark.parametrize("shape", ["2 groups a rank", "1 group a rank"])
 def test_with_whole_groups_on_a_rank_nothing_but_one_all_reduce_a_layer_is_called(shape, found):
     config = SHAPES[shape]
-    payload = 2 * 5 * config.dim * BYTES  # tokens, width
+    payload = 3 * 5 * config.dim * BYTES  # tokens, width
     for rank in range(NUM_RANKS):
         calls = found[rank][shape]["calls"]
         once = ("all_reduce", tuple(range(NUM_RANKS)), payload)
@@ -107,18 +108,34 @@ def test_with_whole_groups_on_a_rank_nothing_but_one_all_reduce_a_layer_is_calle
         assert found[rank][shape]["forward"] == (len(calls), len(calls) * payload)
 
 
-def test_between_groups_of_several_ranks_only_the_all_reduce_crosses(found):
+def crossing(calls):
     """Ranks 0 and 1 are one node, 2 and 3 the other."""
-    nodes = [{0, 1}, {2, 3}]
+    return [
+        (name, ranks, payload)
+        for name, ranks, payload in calls
+        if not set(ranks) <= {0, 1} and not set(ranks) <= {2, 3}
+    ]
+
+
+def test_between_groups_of_several_ranks_only_the_sum_crosses(found):
+    payload = 3 * 5 * 16 * BYTES
     for rank in range(NUM_RANKS):
-        crossing = [
-            (name, ranks)
-            for name, ranks, _ in found[rank]["2 ranks a group"]["calls"]
-            if not any(node >= set(ranks) for node in nodes)
-        ]
-        assert crossing == [("all_reduce", (rank % 2, rank % 2 + 2))] * 4
-        inside = foe_ranks.as_counter(found[rank]["2 ranks a group"]["calls"])
-        assert inside == {"all_reduce": 4, "all_gather": 3, "all_to_all_single": 6}
+        calls = found[rank]["2 ranks a group"]["calls"]
+        sum_ = ("all_gather_into_tensor", (rank % 2, rank % 2 + 2), payload)
+        assert crossing(calls) == [sum_] * 4
+        inside = Counter(name for name, ranks, _ in calls if (name, ranks) != sum_[:2])
+        assert inside == {"all_gather": 3, "all_to_all_single": 6}
+
+
+def test_between_nodes_every_element_of_the_sum_crosses_once(found):
+    """Each of a node's two ranks sends half: 128 elements of 3 x 5 x 17."""
+    for rank in range(NUM_RANKS):
+        calls = found[rank]["1 group a rank, two nodes"]["calls"]
+        half = ("all_gather_into_tensor", (rank % 2, rank % 2 + 2), 128 * BYTES)
+        assert crossing(calls) == [half] * 4
+        assert Counter(name for name, _, _ in calls) == {
+            "all_reduce": 4, "all_gather_into_tensor": 8,
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -101,9 +101,11 @@ class _Torchrun:
 
     def share_out(self, config: LanguageModelConfig) -> None:
         backend: Any = "nccl" if self.device.type == "cuda" else "gloo"
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
+        machines = [here] * (self.size // here) if self.size % here == 0 else [self.size]
         if isinstance(config, FoEConfig):
             try:
-                self._groups = GroupRanks(config, backend)
+                self._groups = GroupRanks(config, machines, backend)
             except ValueError as error:
                 raise UserError(f"torchrun: {error}") from None
             self.member, self.members = self._groups.member, self._groups.members
@@ -118,8 +120,6 @@ class _Torchrun:
                 f"torchrun: expected at most {config.num_experts} ranks, one for each expert, "
                 f"got {self.size}"
             )
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        machines = [here] * (self.size // here) if self.size % here == 0 else [self.size]
         self._transport = C10dTransport(Topology(machines), backend)
 
     def build(self, config: LanguageModelConfig) -> LanguageModel:

@@ -11,14 +11,14 @@ G groups held here of H.
 """
 
 import datetime
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fomoe.comm import C10dTransport, ExpertExchange, Topology
-from fomoe.errors import CommunicationError
+from fomoe.comm import C10dTransport, ExpertExchange, HierarchicalSum, Topology
 from fomoe.models.foe.attention import GroupAttention
 from fomoe.models.foe.config import FoEConfig
 from fomoe.nn import RoutedLayer
@@ -33,6 +33,9 @@ class GroupRanks:
     Parameters
     ----------
     config : FoEConfig
+    nodes : Sequence[int], optional
+        How many ranks each node has, in order; one node by default. Between nodes, what crosses
+        is each element once, see :class:`fomoe.comm.HierarchicalSum`.
     backend : "gloo" | "nccl"
     timeout : float
         Seconds after which a call gives up on the others.
@@ -40,13 +43,15 @@ class GroupRanks:
     Raises
     ------
     ValueError
-        If the number of ranks neither divides the number of groups nor is a multiple of it, or a
-        group would have more ranks than experts.
+        If the number of ranks neither divides the number of groups nor is a multiple of it, a
+        group would have more ranks than experts, or be on two nodes; or the nodes' ranks are not
+        all ranks.
     """
 
     def __init__(
         self,
         config: FoEConfig,
+        nodes: Sequence[int] | None = None,
         backend: Literal["gloo", "nccl"] = "gloo",
         timeout: float = 600.0,
     ) -> None:
@@ -60,22 +65,24 @@ class GroupRanks:
         self.groups = range(first, first + per_rank)
         self.num_holders = num_groups // per_rank
         """Ranks that have the same tokens, among which the groups are."""
-        limit = datetime.timedelta(seconds=timeout)
-        self.num_means = 0
-        self.bytes_reduced = 0
-        """Payload of the all-reduces since the beginning."""
+        node_of = node_of_rank([world] if nodes is None else nodes, world, self.members)
         # Every rank has to take part in making every group, in one order.
         for member in range(self.members):
-            ranks = list(range(member, world, self.members))
-            made = dist.new_group(ranks, timeout=limit, backend=backend)
+            holders = range(member, world, self.members)
+            made = HierarchicalSum(
+                [[r for r in holders if node_of[r] == node] for node in range(max(node_of) + 1)],
+                backend,
+                timeout,
+            )
             if member == self.member:
-                self._across = made
+                self.sum = made
         for group in range(num_groups if self.members > 1 else 0):
             ranks = list(range(group * self.members, (group + 1) * self.members))
-            made = dist.new_group(ranks, timeout=limit, backend=backend)
-            if group == first:
-                self._within = made
-                self._transport = C10dTransport(Topology([self.members]), backend, group=made)
+            limit = datetime.timedelta(seconds=timeout)
+            within = dist.new_group(ranks, timeout=limit, backend=backend)
+            if rank in ranks:
+                self._within = within
+                self._transport = C10dTransport(Topology([self.members]), backend, group=within)
         self._owners = _owners(config, first, self.members)
 
     def exchange(self) -> ExpertExchange | None:
@@ -122,18 +129,6 @@ class GroupRanks:
             )
             parameter.grad /= self.members
 
-    def add_up(self, x: Tensor) -> Tensor:
-        """In place, the sum over the ranks with the same tokens."""
-        self.num_means += 1
-        self.bytes_reduced += x.numel() * x.element_size()
-        try:
-            dist.all_reduce(x, group=self._across)
-        except RuntimeError as error:
-            raise CommunicationError(
-                f"the mean over the groups: rank {dist.get_rank()} lost another rank ({error})"
-            ) from error
-        return x
-
 
 def members_of_a_group(world: int, config: FoEConfig) -> int:
     """Ranks per group among ``world``, 1 if there are no more of them than groups."""
@@ -161,15 +156,29 @@ def _owners(config: FoEConfig, group: int, members: int) -> list[int]:
     return owners
 
 
+def node_of_rank(nodes: Sequence[int], world: int, members: int) -> list[int]:
+    """The node of every rank, whose groups of ``members`` must each be on one."""
+    node_of = [node for node, count in enumerate(nodes) for _ in range(count)]
+    if len(node_of) != world:
+        raise ValueError(f"nodes: expected {world} ranks in all, got {len(node_of)}")
+    for first in range(0, world, members):
+        if len(set(node_of[first : first + members])) > 1:
+            raise ValueError(
+                f"nodes: expected the {members} ranks of a group on one node, "
+                f"got ranks {first} to {first + members - 1} on two"
+            )
+    return node_of
+
+
 class _Mean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_GBSD: Tensor, ranks: GroupRanks) -> Tensor:
         ctx.ranks, ctx.num_here = ranks, x_GBSD.shape[0]
-        return ranks.add_up(x_GBSD.sum(dim=0)) / ranks.num_groups
+        return ranks.sum(x_GBSD.sum(dim=0)) / ranks.num_groups
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        total = ctx.ranks.add_up(gradients[0].clone(memory_format=torch.contiguous_format))
+        total = ctx.ranks.sum(gradients[0].clone(memory_format=torch.contiguous_format))
         return (total / ctx.ranks.num_groups).expand(ctx.num_here, *total.shape), None
 
 
@@ -179,7 +188,7 @@ class _LastMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_GBSD: Tensor, ranks: GroupRanks) -> Tensor:
         ctx.ranks, ctx.num_here = ranks, x_GBSD.shape[0]
-        return ranks.add_up(x_GBSD.sum(dim=0)) / ranks.num_groups
+        return ranks.sum(x_GBSD.sum(dim=0)) / ranks.num_groups
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
