@@ -144,12 +144,14 @@ def settings(**federation: Any) -> Config:
     )
 
 
-def train(order: Order, transport: Transport, ranks: SiteRanks) -> Report:
+def train(
+    order: Order, transport: Transport, ranks: SiteRanks, tokens: C10dTransport | None = None
+) -> Report:
     """One rank's part of the rounds."""
     checkpoint = None
     if order.resume is not None and ranks.leader:
         checkpoint = Checkpoint(order.resume)
-    site = Site(order.config, order.task, transport, checkpoint, ranks)
+    site = Site(order.config, order.task, transport, checkpoint, ranks, tokens)
     losses, tokens, rejected, validation = [], [], [], []
     while site.round < order.until:
         site.begin_round()
@@ -228,7 +230,10 @@ def _train_as(membership: Membership, order: Order) -> Report:
     tokens = None
     if order.config.federation.spread_experts:
         tokens = C10dTransport(Topology([RANKS]), group=membership.inside)
-    return train(order, transport, RankGroup(membership.inside, sharded=sharded, tokens=tokens))
+    if order.config.federation.strategy == "ep":
+        tokens = C10dTransport(Topology([RANKS] * SITES))
+    ranks = RankGroup(membership.inside, sharded=sharded, tokens=tokens)
+    return train(order, transport, ranks, tokens)
 
 
 class RankPool:

@@ -109,7 +109,10 @@ def test_a_task_without_such_a_model_is_refused():
         ({"overlap": 2}, "federation.overlap = 2 must be 1 with federation.strategy = 'ep'"),
         ({"router_mean": "holders"}, "federation.router_mean = 'holders' must be 'all'"),
         ({"scale_expert_steps": True}, "federation.scale_expert_steps = True must be False"),
-        ({"ranks_per_site": 2}, "federation.ranks_per_site = 2 must be 1"),
+        (
+            {"ranks_per_site": 2, "spread_experts": True},
+            "federation.spread_experts = True must be False",
+        ),
         ({"codec": "int8"}, "cannot be used with federation.strategy = 'ep'"),
         ({"placement": "random"}, "with 'ep' no expert changes its sites"),
     ],

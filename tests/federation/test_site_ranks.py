@@ -131,6 +131,28 @@ def test_gradients_are_averaged_over_the_ranks_and_then_over_the_sites(parallel,
     assert_same_training(map(joined, reports), expected)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_tokens_travel_between_the_ranks_of_all_sites_as_if_every_rank_had_every_expert(
+    parallel, pool
+):
+    """Each of the four experts is on another rank; the same text as with ddp."""
+    reports = pool.train(order(parallel, until=2, strategy="ep", overlap=1, rounds=2))
+    expected = train_alone(order(until=2, ranks=1, strategy="ddp", overlap=2, rounds=2))
+    homes = {}
+    for site, right in zip(reports, expected, strict=True):
+        ours = joined(site)
+        assert ours.losses == pytest.approx(right.losses, rel=1e-12)
+        assert ours.validation == pytest.approx(right.validation, rel=1e-12)
+        assert_close(ours.values, {name: right.values[name] for name in ours.values})
+        assert_close(ours.state, {name: right.state[name] for name in ours.state})
+        for rank in site:
+            for name in rank.values:
+                if ".experts." in name:
+                    homes.setdefault(name, []).append(rank)
+    assert len(homes) == 2 * 4 * 2  # layers, experts, w1 and w2
+    assert all(len(ranks) == 1 for ranks in homes.values())
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [("fsdp", None), ("ddp", "fsdp, spread"), ("fsdp, spread", "ddp"), (None, "fsdp")],

@@ -90,7 +90,7 @@ class Site:
         self.expert_parallelism: ExpertParallelism | None = None
         if config.federation.strategy == "ep":
             assert tokens is not None
-            self.expert_parallelism = ExpertParallelism(tokens, transport, self.ledger)
+            self.expert_parallelism = ExpertParallelism(tokens, transport, self.ranks, self.ledger)
         self.staging = Staging(self.device, self.ranks)
         self.round = 0
         """Completed ones."""

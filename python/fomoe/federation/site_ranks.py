@@ -58,6 +58,10 @@ class SiteRanks(Protocol):
         """Scale the gradients so that the norm over the whole model is at most ``max_norm``."""
         ...
 
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        """The sums over all ranks, the same on each."""
+        ...
+
     def of_others(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What belongs to these, by name or ``KIND/NAME``, and other ranks alone have.
 
@@ -122,6 +126,9 @@ class OneRank:
     def clip(self, model: nn.Module, max_norm: float) -> None:
         clip_gradients(model.parameters(), max_norm)
 
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        return list(values)
+
     def of_others(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {}
 
@@ -160,8 +167,9 @@ class RankGroup:
         Whether the shared parameters are in shards (``federation.parallel = "fsdp"``), or every
         rank has all of them.
     tokens : TokenTransport, optional
-        Spreads the experts over the ranks (``federation.spread_experts``); says how tokens travel
-        between them. Without it every rank has all experts of the site.
+        Every expert is on a single rank; says how tokens travel to it, between the ranks of the
+        site (``federation.spread_experts``) or of all sites (``federation.strategy = "ep"``).
+        Without it every rank has all experts of the site.
     waiting : Callable[[], AbstractContextManager[None]]
         Entered whenever this rank may have to wait for another one.
     """
@@ -239,6 +247,12 @@ class RankGroup:
             clip_gradients(model.parameters(), max_norm)
         else:
             clip_grad_norm(model, max_norm, self.group)
+
+    def add_up(self, values: Sequence[float]) -> list[float]:
+        totals = torch.tensor(values, dtype=torch.float64)
+        with self._waiting():
+            dist.all_reduce(totals, group=self.group)
+        return totals.tolist()
 
     def of_others(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {} if self.spread_experts is None else self.spread_experts.collect(values)

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fomoe.comm import ExpertExchange, Transport
-from fomoe.federation.expert_parallel import expert_parallel_model
-from fomoe.federation.task import Task
+from fomoe.federation.task import Task, expert_parallel_model
 from fomoe.nn import ModelTensor
 from fomoe.nn.expert_parallel import expert_parameters
 

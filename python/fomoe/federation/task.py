@@ -31,7 +31,7 @@ from fomoe.models import (
 )
 from fomoe.nn import RoutedLayer, auxiliary_loss, initialize
 
-__all__ = ["ExpertParallelTask", "LanguageModelTask", "Loss", "Task"]
+__all__ = ["ExpertParallelTask", "LanguageModelTask", "Loss", "Task", "expert_parallel_model"]
 
 
 class Loss(NamedTuple):
@@ -97,6 +97,23 @@ class ExpertParallelTask(Protocol):
     def build_expert_parallel_model(self, exchanges: Sequence[ExpertExchange]) -> nn.Module:
         """The initialised model with the experts this rank owns, by an exchange per layer."""
         ...
+
+
+def expert_parallel_model(
+    task: Task, exchanges: Sequence[ExpertExchange], setting: str
+) -> nn.Module:
+    """The task's model with an exchange per layer, which ``setting`` asks for.
+
+    Raises
+    ------
+    UserError
+        The task has no such model.
+    """
+    if not isinstance(task, ExpertParallelTask):
+        raise UserError(
+            f"{setting} needs a task with build_expert_parallel_model, got {type(task).__name__}"
+        )
+    return task.build_expert_parallel_model(exchanges)
 
 
 class LanguageModelTask:

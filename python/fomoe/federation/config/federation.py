@@ -160,7 +160,7 @@ class FederationConfig(Section):
             "overlap": (1, "an expert is on one site"),
             "router_mean": ("all", "every site's tokens go to every expert"),
             "scale_expert_steps": (False, "there is no outer step"),
-            "ranks_per_site": (1, "tokens travel between sites of one rank only"),
+            "spread_experts": (False, "every expert is on one rank of one site anyway"),
         }
         for key, (value, reason) in needed.items():
             if getattr(self, key) != value:

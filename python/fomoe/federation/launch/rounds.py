@@ -100,10 +100,10 @@ class WatchedTokenTransport:
 
     @classmethod
     def between_sites(cls, config: Config, heartbeat: Heartbeat) -> Self | None:
-        """For ep, where every site is a rank of torch.distributed; all of them must call it."""
+        """For ep, whose experts are on the ranks of all sites; all of them must call it."""
         if config.federation.strategy != "ep":
             return None
-        topology = Topology([1] * config.federation.sites)
+        topology = Topology([config.federation.ranks_per_site] * config.federation.sites)
         return cls(C10dTransport(topology, timeout=SECONDS_IN_A_COLLECTIVE), heartbeat)
 
     @classmethod

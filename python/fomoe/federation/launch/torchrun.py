@@ -92,7 +92,8 @@ def _lead(rank: Rank, opening: Opening, task: Task) -> dict[str, Any]:
     )
     with coordinator, travel.outbox() as outbox:
         tokens = WatchedTokenTransport.between_sites(opening.config, rank.heartbeat)
-        site = Site(opening.config, task, _transport(rank), checkpoint, _ranks(rank), tokens)
+        ranks = _ranks(rank, tokens)
+        site = Site(opening.config, task, _transport(rank), checkpoint, ranks, tokens)
         channel = GroupChannel(travel, outbox, coordinator, rank.heartbeat)
         run_rounds(site, channel, rank.heartbeat, opening.first_round)
     return coordinator.finish()
@@ -117,7 +118,8 @@ def _take_part(rank: Rank, config: Config, task: Task, run: Path) -> None:
         rank.heartbeat.starting()
         check_corpus(task, rank.membership.site, plan["corpus_sha256"])
         tokens = WatchedTokenTransport.between_sites(config, rank.heartbeat)
-        site = Site(config, task, _transport(rank), checkpoint, _ranks(rank), tokens)
+        ranks = _ranks(rank, tokens)
+        site = Site(config, task, _transport(rank), checkpoint, ranks, tokens)
         if checkpoint is not None and travel.is_away:
             travel.remove(checkpoint)
         channel = GroupChannel(travel, outbox, None, rank.heartbeat)
@@ -133,7 +135,8 @@ def _help(rank: Rank, config: Config, task: Task) -> None:
         return
     rank.heartbeat.starting()
     check_corpus(task, rank.membership.site, plan["corpus_sha256"])
-    site = Site(config, task, _transport(rank), None, _ranks(rank))
+    tokens = WatchedTokenTransport.between_sites(config, rank.heartbeat)
+    site = Site(config, task, _transport(rank), None, _ranks(rank, tokens), tokens)
     run_rounds(site, NoChannel(), rank.heartbeat, plan["first_round"])
 
 
@@ -144,10 +147,11 @@ def _transport(rank: Rank) -> Transport:
     return WatchedTransport(GroupTransport(membership.leaders), rank.heartbeat)
 
 
-def _ranks(rank: Rank) -> SiteRanks:
+def _ranks(rank: Rank, between_sites: WatchedTokenTransport | None) -> SiteRanks:
     inside = rank.membership.inside
     if inside is None:
         return OneRank()
     sharded = rank.config.federation.parallel == "fsdp"
-    tokens = WatchedTokenTransport.inside(rank.config, rank.membership.site, inside, rank.heartbeat)
-    return RankGroup(inside, sharded=sharded, tokens=tokens, waiting=rank.heartbeat.waits)
+    site, heartbeat = rank.membership.site, rank.heartbeat
+    tokens = between_sites or WatchedTokenTransport.inside(rank.config, site, inside, heartbeat)
+    return RankGroup(inside, sharded=sharded, tokens=tokens, waiting=heartbeat.waits)
