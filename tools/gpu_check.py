@@ -86,6 +86,7 @@ def stages() -> list[list[Step]]:
             [Step(f"nccl {sites}", [*nccl, sites], 60, ("package",), environment=ours)]
             for sites in ("1,1", "2,2", "3,1")
         ),
+        [Step("all-to-all nccl", _shell(_all_to_all()), 60, **cpp)],
         *([_bench(name)] for name in BENCHES),
         [
             Step(
@@ -194,6 +195,24 @@ def _bench(name: str) -> Step:
         environment=_library_path(),
         stdout=FOLDER / f"bench_{name}.jsonl",
         may_be_cut=True,
+    )
+
+
+def _all_to_all() -> str:
+    """Four ranks on one GPU, each a host of its own to NCCL: whether it ends well, not how fast."""
+    program = str(CPP / "bench/cpp/bench_all_to_all")
+    environment = "NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2"
+    torch = importlib.util.find_spec("torch")
+    packages = Path(torch.origin).parents[1] if torch is not None and torch.origin else ROOT
+    found = sorted(packages.glob("nvidia/*/lib/libnccl.so.2"))
+    library = f" --nccl {found[0]}" if found else ""
+    return (
+        "folder=$(mktemp -d); ranks=; for rank in 0 1 2 3; do"
+        f" env {environment} NCCL_HOSTID=$rank timeout 50 {program} --transport nccl"
+        f" --id-file $folder/id --rank $rank --sites 2 --ranks-per-site 2 --tokens 256"
+        f' --dim 512 --repeats 2{library} --json >$folder/$rank & ranks="$ranks $!"; done;'
+        ' for rank in $ranks; do wait "$rank"; done;'
+        f" cp $folder/0 {FOLDER}/bench_all_to_all.jsonl; cat $folder/0; rm -r $folder"
     )
 
 

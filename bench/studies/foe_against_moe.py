@@ -39,6 +39,12 @@ VARIANTS = {
     "FoE, renormalised, sum of groups": FOE | SUM | {"renormalize": True},
     "FoE, peri norm": FOE | {"norm": "peri"},
     "FoE, peri norm, softmax over the group": FOE | {"norm": "peri", "softmax_over": "group"},
+    "FoE, peri norm, softmax over the group, steps times 2": FOE
+    | {"norm": "peri", "softmax_over": "group", "residual_scale": 2.0},
+    "FoE, peri norm, softmax over the group, sum of groups": FOE
+    | SUM
+    | {"norm": "peri", "softmax_over": "group"},
+    "FoE, peri norm, sigmoid": FOE | {"norm": "peri", "score": "sigmoid"},
     "FoE, no balance loss": FOE | {"balance_loss_coefficient": 0.0},
 }
 
