@@ -23,8 +23,11 @@ SMALL = {
     "dim": 128, "num_layers": 4, "num_heads": 4, "expert_dim": 64, "num_experts": 32, "top_k": 8,
 }  # fmt: skip
 LARGE = SMALL | {"dim": 192, "num_layers": 5, "expert_dim": 96, "num_kv_heads": 4}
-DECIDED = {"norm": "peri"}  # by the ablation
 FOE = {"family": "foe"}
+DECIDED = {  # by the ablation
+    "MoE": {"norm": "peri"},
+    "FoE": FOE | {"norm": "peri", "softmax_over": "group"},
+}
 SUM = {"residual_scale": 4.0}  # groups add up instead of being averaged
 VARIANTS = {
     "MoE, softmax": {},
@@ -94,9 +97,9 @@ def key(line: dict) -> tuple:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    variants = VARIANTS if arguments.study == "ablate" else {
-        "MoE": LARGE | DECIDED, "FoE": LARGE | DECIDED | FOE
-    }  # fmt: skip
+    variants = VARIANTS
+    if arguments.study == "compare":
+        variants = {name: LARGE | decided for name, decided in DECIDED.items()}
     cells = list(itertools.product(arguments.seeds, variants, arguments.learning_rates))
     done = {key(line) for line in read(arguments.results)}
     index, parts = arguments.part
@@ -157,13 +160,13 @@ def plot(arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="study", required=True)
-    for name, steps in (("ablate", 300), ("compare", 1000)):
+    for name, steps in (("ablate", 160), ("compare", 260)):
         command = commands.add_parser(name)
         command.set_defaults(call=run)
         command.add_argument("results", type=Path)
         command.add_argument("--steps", type=int, default=steps)
         command.add_argument("--seeds", type=int, nargs="+", default=[0])
-        command.add_argument("--learning-rates", type=float, nargs="+", default=[3e-3, 1e-2])
+        command.add_argument("--learning-rates", type=float, nargs="+", default=[5e-3])
         command.add_argument("--part", type=int, nargs=2, default=[0, 1])
     commands.add_parser("table").add_argument("results", type=Path)
     commands.choices["table"].set_defaults(call=table)

@@ -46,7 +46,7 @@ def test_an_exported_model_has_the_same_logits_through_auto_classes(name, tmp_pa
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert isinstance(read, FomoeForCausalLM)
     assert torch.equal(read(TOKENS).logits, model(TOKENS))
-    assert torch.equal(read(TOKENS, logits_to_keep=1).logits, model(TOKENS)[:, -1:])
+    torch.testing.assert_close(read(TOKENS, logits_to_keep=1).logits, model(TOKENS)[:, -1:])
 
     read.save_pretrained(tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float64)
@@ -68,18 +68,60 @@ def test_greedy_generation_is_the_loop_over_arg_max(exported):
     assert torch.equal(generated, tokens)
 
 
-def test_a_cache_and_padding_on_the_left_are_refused(exported):
+@pytest.mark.parametrize("window", [0, 4])
+def test_tokens_after_a_cache_have_the_logits_of_all_at_once(window):
+    config = replace(CONVERTED, sliding_window=window)
+    read = FomoeForCausalLM(FomoeConfig(fomoe_model=config.to_dict())).double().eval()
+    whole = read(TOKENS)
+    assert whole.past_key_values is None
+    first = read(TOKENS[:, :5], use_cache=True)
+    rest = read(TOKENS[:, 5:], past_key_values=first.past_key_values)
+    logits = torch.cat([first.logits, rest.logits], 1)
+    torch.testing.assert_close(logits, whole.logits, rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match=r"attention_mask: expected shape \(2, 13\)"):
+        read(
+            TOKENS[:, :1],
+            attention_mask=torch.ones_like(TOKENS),
+            past_key_values=rest.past_key_values,
+        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_nothing(side, exported):
     _, read = exported
-    with pytest.raises(ValueError, match="expected use_cache=False, as there is no cache"):
-        read.generate(TOKENS, max_new_tokens=2, use_cache=True)
+    read = read.double()
+    padding = torch.full((1, 3), 9)
+    short = TOKENS[:1, :9]
+    parts = [padding, short] if side == "left" else [short, padding]
+    here = slice(3, None) if side == "left" else slice(0, 9)
     mask = torch.ones_like(TOKENS)
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="expected padding on the right"):
-        read(TOKENS, attention_mask=mask)
-    mask = mask.flip(1)
-    assert torch.equal(read(TOKENS, attention_mask=mask).logits, read(TOKENS).logits)
+    mask[0] = torch.cat([torch.full_like(part, part is short) for part in parts], 1)
+    logits = read(torch.cat([torch.cat(parts, 1), TOKENS[1:]]), attention_mask=mask).logits
+    torch.testing.assert_close(logits[0, here], read(short).logits[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(logits[1], read(TOKENS[1:]).logits[0], rtol=0, atol=1e-10)
+
+
+def test_unequal_prompts_generate_together_what_they_do_alone(exported):
+    _, read = exported
+    read = read.double()
+    padded = TOKENS.clone()
+    padded[0, :3] = 9
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    options = {"max_new_tokens": 6, "pad_token_id": 255, "num_beams": 2, "do_sample": False}
+    together = read.generate(padded, attention_mask=mask, **options)
+    for row, prompt in ((0, TOKENS[:1, 3:]), (1, TOKENS[1:])):
+        alone = read.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        uncached = read.generate(
+            prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **options
+        )
+        assert torch.equal(alone, uncached)
+        assert torch.equal(together[row, -6:], alone[0, -6:])
+
+
+def test_the_vocabulary_cannot_be_resized(exported):
     with pytest.raises(NotImplementedError, match="vocabulary cannot be resized"):
-        read.resize_token_embeddings(300)
+        exported[1].resize_token_embeddings(300)
 
 
 def test_the_loss_is_the_cross_entropy_and_in_training_the_routers_loss_as_well(exported):
@@ -115,15 +157,14 @@ def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(exported):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_tokenizer_and_generation_settings_come_along_without_a_cache(tmp_path):
+def test_tokenizer_and_generation_settings_come_along(tmp_path):
     files = {
         "tokenizer.json": b"{}",
-        "generation_config.json": json.dumps({"eos_token_id": 7, "use_cache": True}).encode(),
+        "generation_config.json": json.dumps({"eos_token_id": 7}).encode(),
     }
     export_huggingface(decoder(), tmp_path / "hf", files)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert read.generation_config.eos_token_id == 7
-    assert read.generation_config.use_cache is False
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == b"{}"
 
 

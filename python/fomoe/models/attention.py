@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fomoe.models.cache import LayerStep
+from fomoe.models.cache import LayerView
 from fomoe.models.language_model_config import RopeScaling
 from fomoe.models.normalization import RMSNorm
 
@@ -77,7 +77,7 @@ def attend(
     k_BGSN: Tensor,
     v_BGSN: Tensor,
     positions: Rotation,
-    cache: LayerStep | None = None,
+    cache: LayerView | None = None,
     *,
     sliding_window: int = 0,
 ) -> Tensor:
@@ -151,7 +151,7 @@ class Attention(nn.Module):
             self.query_norm = RMSNorm(head_dim, head_norm_epsilon)
             self.key_norm = RMSNorm(head_dim, head_norm_epsilon)
 
-    def forward(self, x_BSD: Tensor, positions: Rotation, cache: LayerStep | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, positions: Rotation, cache: LayerView | None = None) -> Tensor:
         """Attend from every position to itself and the ones before it, (B, S, D).
 
         With a cache, which takes the new keys and values, also to the tokens of earlier calls.

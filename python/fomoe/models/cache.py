@@ -9,11 +9,35 @@ B sequences, S new tokens of the longest, G key/value heads, N head width, L vis
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["CacheStep", "KeyValueCache", "LayerStep"]
+__all__ = ["CacheStep", "KeyValueCache", "LayerStep", "LayerView", "StepView"]
+
+
+class LayerView(Protocol):
+    """What a layer's attention asks of a cache."""
+
+    def extend(self, k_BGSN: Tensor, v_BGSN: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values; returns all that are visible, (B, G, L, N) each."""
+        ...
+
+    def mask(self, sliding_window: int) -> Tensor:
+        """Which of them a new token sees, (B, 1, S, L) bool."""
+        ...
+
+
+class StepView(Protocol):
+    """What a model asks of a cache for a call of S tokens; :class:`CacheStep` is ours."""
+
+    num_visible: int
+    """L: how many positions there are with those of this call."""
+    positions_BS: Tensor
+    """(B, S) int64: that of every new token in its sequence."""
+
+    def layer(self, index: int) -> LayerView: ...
 
 
 class KeyValueCache:

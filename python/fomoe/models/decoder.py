@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fomoe.comm import ExpertExchange
 from fomoe.models.attention import Attention, Rotation
-from fomoe.models.cache import LayerStep
+from fomoe.models.cache import LayerView
 from fomoe.models.decoder_config import DecoderConfig
 from fomoe.models.feed_forward import FeedForward
 from fomoe.models.language_model import LanguageModel, peri_norm
@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
         self.feed_forward = block if isinstance(block, FeedForward) else None
         self.moe_output_norm = peri_norm(config)
 
-    def forward(self, x_BSD: Tensor, positions: Rotation, cache: LayerStep | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor, positions: Rotation, cache: LayerView | None = None) -> Tensor:
         added = self.attention(self.attention_norm(x_BSD), positions, cache)
         x_BSD = x_BSD + self.residual_scale * self.attention_output_norm(added)
         added = self.moe_norm(x_BSD)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fomoe.models.attention import rotation
-from fomoe.models.cache import CacheStep, KeyValueCache
+from fomoe.models.cache import KeyValueCache, StepView
 from fomoe.models.language_model_config import LanguageModelConfig
 from fomoe.models.normalization import RMSNorm
 
@@ -85,7 +85,7 @@ class LanguageModel(nn.Module):
             device=weight.device,
         )
 
-    def hidden(self, tokens_BS: Tensor, cache: CacheStep | None = None) -> Tensor:
+    def hidden(self, tokens_BS: Tensor, cache: StepView | None = None) -> Tensor:
         """What :meth:`unembed` makes logits of, (B, S, D).
 
         With a step of a cache the tokens follow those of earlier steps, S is the step's number of

@@ -44,8 +44,7 @@ def export_huggingface(
         raise UserError(f"{folder} exists: expected the name of a folder to make")
     theirs = glm4_moe(model) if architecture == "glm4-moe" else _wrapped(model)
     stored = json.loads(tokenizer.get("generation_config.json", b"{}"))
-    caches = architecture == "glm4-moe"
-    theirs.generation_config = GenerationConfig.from_dict({**stored, "use_cache": caches})
+    theirs.generation_config = GenerationConfig.from_dict(stored)
     partial = folder.with_name(f".{folder.name}.incomplete")
     with cannot(f"write {folder}"):
         try:

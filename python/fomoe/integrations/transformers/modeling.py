@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from fomoe.integrations.transformers.cache import PaddedStep
 from fomoe.models import Decoder, DecoderConfig
 from fomoe.models.feed_forward import FeedForward
 from fomoe.nn import Experts, MoE, SharedExpert, auxiliary_loss
@@ -74,8 +76,8 @@ class FomoeConfig(PreTrainedConfig):  # type: ignore[misc]
 class FomoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """``model`` is the :class:`fomoe.models.Decoder`.
 
-    It has no key/value cache and takes no embeddings in place of tokens; ``generate`` computes
-    every position again for every token.
+    It takes no embeddings in place of tokens. ``generate`` keeps keys and values in a cache of
+    transformers; padding may be on either side.
     """
 
     config_class = FomoeConfig
@@ -87,7 +89,7 @@ class FomoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def __init__(self, config: FomoeConfig) -> None:
         super().__init__(config)
         self.model = Decoder(config.decoder_config())
-        self.generation_config = GenerationConfig(use_cache=False)
+        self.generation_config = GenerationConfig()
         self.post_init()
 
     def forward(
@@ -106,32 +108,38 @@ class FomoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         Parameters
         ----------
         input_ids : Tensor, (B, S), int64
-        attention_mask : Tensor, (B, S), optional
-            0 for padding, which must be on the right.
+        attention_mask : Tensor, (B, S with what the cache has), optional
+            0 for padding.
         labels : Tensor, (B, S), int64, optional
             Tokens, shifted by the model, -100 where there is no loss. In training the routers'
             auxiliary losses are added to the mean cross entropy.
         logits_to_keep : int
             Of that many last positions; 0: of all.
+        use_cache : bool, optional
+            Begin a cache, if there is none.
+        past_key_values : transformers.Cache, optional
+            Of the tokens before these.
 
         Raises
         ------
         ValueError
-            For a cache, or padding on the left.
+            The mask has another length.
         """
-        if use_cache or past_key_values is not None:
-            raise ValueError("FomoeForCausalLM: expected use_cache=False, as there is no cache")
-        mask = attention_mask
-        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
-            raise ValueError("FomoeForCausalLM: expected padding on the right of input_ids alone")
-        logits = self.model(input_ids)[:, -logits_to_keep:]
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        step = None
+        if cache is not None or (attention_mask is not None and not bool(attention_mask.all())):
+            step = PaddedStep(input_ids, attention_mask, cache)
+        hidden = self.model.hidden(input_ids, step)
+        logits = self.model.unembed(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             size = self.config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **options)
             if self.training:
                 loss = loss + auxiliary_loss(self.model).to(loss.device)
-        output = CausalLMOutputWithPast(loss=loss, logits=logits)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output if return_dict is not False else output.to_tuple()
 
     def get_input_embeddings(self) -> nn.Module:

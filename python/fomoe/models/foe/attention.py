@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fomoe.models.attention import Rotation, attend
-from fomoe.models.cache import LayerStep
+from fomoe.models.cache import LayerView
 
 __all__ = ["GroupAttention"]
 
@@ -41,7 +41,7 @@ class GroupAttention(nn.Module):
             nn.init.normal_(weight, std=1 / math.sqrt(weight.shape[-1]))
 
     def forward(
-        self, x_GBSD: Tensor, positions: Rotation, cache: LayerStep | None = None
+        self, x_GBSD: Tensor, positions: Rotation, cache: LayerView | None = None
     ) -> Tensor:
         """What each group attends to on its own stream, (G, B, S, D).
 

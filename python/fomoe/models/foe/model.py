@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from fomoe.models.attention import Rotation
-from fomoe.models.cache import LayerStep
+from fomoe.models.cache import LayerView
 from fomoe.models.foe.attention import GroupAttention
 from fomoe.models.foe.config import FoEConfig
 from fomoe.models.foe.group_moe import GroupMoE
@@ -54,7 +54,7 @@ class FoELayer(nn.Module):
         self.moe_output_norm = peri_norm(config)
 
     def forward(
-        self, x_GBSD: Tensor, positions: Rotation, cache: LayerStep | None = None
+        self, x_GBSD: Tensor, positions: Rotation, cache: LayerView | None = None
     ) -> Tensor:
         """(G, B, S, D); the first layer's input is (1, B, S, D)."""
         added = self.attention(self.attention_norm(x_GBSD), positions, cache)
