@@ -101,6 +101,23 @@ def stages() -> list[list[Step]]:
         ],
         [
             Step(
+                "generation",
+                [
+                    python,
+                    "bench/generation/speed.py",
+                    "--device",
+                    "cuda",
+                    "--output",
+                    str(FOLDER / "bench_generation.jsonl"),
+                ],
+                120,
+                ("package",),
+                environment=ours,
+                may_be_cut=True,
+            )
+        ],
+        [
+            Step(
                 "bench layer",
                 [python, "-c", _bench_layer()],
                 75,
