@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from fomoe.comm import C10dTransport, ExpertExchange, Topology
+from fomoe.errors import CommunicationError
 from fomoe.generate import Generation, Sampling, generate
 from fomoe.models import Decoder, DecoderConfig, FoE, FoEConfig
 from fomoe.models.foe import GroupRanks
@@ -64,12 +65,26 @@ def work(rank: int, port: int, results: Any) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS, timeout=limit)
     try:
         found = {name: trained(config, NODES[name]) for name, config in SHAPES.items()}
-        results.put((rank, found | {"moe": moe_rows()}))
+        found["moe"] = moe_rows()
+        groups = GroupRanks(CONFIG, timeout=60)
+        dist.barrier()
+        if rank == 3:
+            results.put((rank, found))
+            results.close()
+            results.join_thread()
+            os._exit(0)  # without a word to the others
+        results.put((rank, found | {"lost": sum_without_the_last(groups)}))
     except Exception:
         results.put((rank, traceback.format_exc()))
         raise
-    dist.barrier()
-    dist.destroy_process_group()
+
+
+def sum_without_the_last(groups: GroupRanks) -> str:
+    try:
+        groups.sum(torch.ones(4))
+    except CommunicationError as error:
+        return str(error)
+    return "it ended well"
 
 
 def trained(config: FoEConfig, nodes: Sequence[int]) -> dict[str, Any]:

@@ -163,3 +163,8 @@ def test_counted_as_in_the_paper_an_expert_parallel_decoder_sends_k_times_as_muc
     assert sent / all_reduce_of_foe(NUM_RANKS, 4) == 4
     for rank in range(NUM_RANKS):
         assert found[rank]["moe"]["beside"] > 0  # ids, weights, counts
+
+
+def test_a_rank_that_is_gone_ends_the_others_with_a_sentence(found):
+    for rank in range(NUM_RANKS - 1):
+        assert found[rank]["lost"].startswith(f"the sum over ranks: rank {rank} lost another one (")
