@@ -24,31 +24,27 @@ SMALL = {
 }  # fmt: skip
 LARGE = SMALL | {"dim": 192, "num_layers": 5, "expert_dim": 96, "num_kv_heads": 4}
 FOE = {"family": "foe"}
-DECIDED = {  # by the ablation
-    "MoE": {"norm": "peri"},
-    "FoE": FOE | {"norm": "peri", "softmax_over": "group"},
-}
+ALL = {"softmax_over": "all"}
+DECIDED = {"MoE": {"norm": "peri"}, "FoE": FOE | {"norm": "peri"}}  # by the ablation
 SUM = {"residual_scale": 4.0}  # groups add up instead of being averaged
 VARIANTS = {
     "MoE, softmax": {},
     "MoE, softmax, renormalised": {"renormalize": True},
     "MoE, peri norm": {"norm": "peri"},
-    "FoE, softmax over all": FOE,
-    "FoE, softmax over the group": FOE | {"softmax_over": "group"},
-    "FoE, softmax over all, renormalised": FOE | {"renormalize": True},
+    "FoE, softmax over all": FOE | ALL,
+    "FoE, softmax over the group": FOE,
+    "FoE, softmax over all, renormalised": FOE | ALL | {"renormalize": True},
     "FoE, sigmoid": FOE | {"score": "sigmoid"},
-    "FoE, softmax over all, sum of groups": FOE | SUM,
-    "FoE, softmax over the group, sum of groups": FOE | SUM | {"softmax_over": "group"},
-    "FoE, renormalised, sum of groups": FOE | SUM | {"renormalize": True},
-    "FoE, peri norm": FOE | {"norm": "peri"},
-    "FoE, peri norm, softmax over the group": FOE | {"norm": "peri", "softmax_over": "group"},
+    "FoE, softmax over all, sum of groups": FOE | ALL | SUM,
+    "FoE, softmax over the group, sum of groups": FOE | SUM,
+    "FoE, renormalised, sum of groups": FOE | ALL | SUM | {"renormalize": True},
+    "FoE, no balance loss": FOE | ALL | {"balance_loss_coefficient": 0.0},
+    "FoE, peri norm": FOE | ALL | {"norm": "peri"},
+    "FoE, peri norm, softmax over the group": FOE | {"norm": "peri"},
     "FoE, peri norm, softmax over the group, steps times 2": FOE
-    | {"norm": "peri", "softmax_over": "group", "residual_scale": 2.0},
-    "FoE, peri norm, softmax over the group, sum of groups": FOE
-    | SUM
-    | {"norm": "peri", "softmax_over": "group"},
+    | {"norm": "peri", "residual_scale": 2.0},
+    "FoE, peri norm, softmax over the group, sum of groups": FOE | SUM | {"norm": "peri"},
     "FoE, peri norm, sigmoid": FOE | {"norm": "peri", "score": "sigmoid"},
-    "FoE, no balance loss": FOE | {"balance_loss_coefficient": 0.0},
 }
 
 

@@ -31,8 +31,10 @@ CONFIG = FoEConfig(
 # By the number of ranks of a group: one rank with two groups, one with one, and so on.
 SHAPES = {
     "2 groups a rank": replace(CONFIG, num_kv_heads=8),
-    "1 group a rank": replace(CONFIG, tie_embeddings=False, renormalize=True, norm="peri"),
-    "2 ranks a group": replace(CONFIG, num_kv_heads=2, softmax_over="group"),
+    "1 group a rank": replace(
+        CONFIG, tie_embeddings=False, renormalize=True, norm="peri", softmax_over="all"
+    ),
+    "2 ranks a group": replace(CONFIG, num_kv_heads=2),
     "4 ranks a group": replace(CONFIG, num_kv_heads=1, num_experts=6, top_k=3),
 }
 SHAPES["1 group a rank, two nodes"] = replace(CONFIG, dim=17)

@@ -111,9 +111,9 @@ class ByHand:
 
 VARIANTS = [
     {},
-    {"softmax_over": "group"},
+    {"softmax_over": "all"},
     {"score": "sigmoid", "renormalize": True, "scale": 2.5},
-    {"renormalize": True, "top_k": 4},
+    {"renormalize": True, "top_k": 4, "softmax_over": "all"},
     {"norm": "peri", "residual_scale": 0.5},
     {"num_kv_heads": 1, "top_k": 3},
     {"num_kv_heads": 8, "num_layers": 1},
@@ -249,8 +249,8 @@ def test_a_model_file_gives_an_equal_model(tmp_path):
         ({"top_k": 6}, "top_k: expected a multiple of the num_kv_heads = 4 groups, got 6"),
         ({"num_kv_heads": 3}, "num_kv_heads: expected a divisor of num_heads = 8, got 3"),
         ({"score": "unit"}, "score: expected softmax or sigmoid, got 'unit'"),
-        ({"score": "sigmoid", "softmax_over": "group"}, "softmax_over: expected 'all'"),
-        ({"softmax_over": "some"}, "softmax_over: expected one of all, group, got 'some'"),
+        ({"score": "sigmoid", "softmax_over": "all"}, "softmax_over: expected 'group'"),
+        ({"softmax_over": "some"}, "softmax_over: expected one of group, all, got 'some'"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(changes, message):

@@ -40,7 +40,7 @@ def _fomoe(dim: int, num_layers: int) -> DecoderConfig:
 def _foe(dim: int, num_heads: int, head_dim: int) -> FoEConfig:
     """A column of Table 8: trained on 2048 positions, meant for 32768 by a factor 16.
 
-    Embeddings are apart, for only then the paper's totals come out.
+    Embeddings are apart, for only then the paper's totals come out. The norms are our choice.
     """
     return FoEConfig(
         vocab_size=OLMOE_VOCAB_SIZE,
@@ -52,6 +52,7 @@ def _foe(dim: int, num_heads: int, head_dim: int) -> FoEConfig:
         expert_dim=dim // 2,
         num_experts=64,
         top_k=8,
+        norm="peri",
         tie_embeddings=False,
         rope_theta=5e5,
         rope_scaling=RopeScaling(kind="linear", factor=16.0),

@@ -64,7 +64,7 @@ class ModelConfig(Section):
     score: Literal["softmax", "sigmoid"] = "softmax"
     score_after_top_k: bool = False
     renormalize: bool = False
-    softmax_over: Literal["all", "group"] = "all"
+    softmax_over: Literal["group", "all"] = "group"
     """Experts that the scores of a FoE are a softmax over."""
     scale: Positive = 1.0
     shared_expert_dim: CountOrZero = 0

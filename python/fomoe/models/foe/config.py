@@ -21,15 +21,15 @@ class FoEConfig(LanguageModelConfig):
 
     family: ClassVar[str] = "foe"
 
-    softmax_over: Literal["all", "group"] = "all"
-    """Experts that a softmax score is over: the paper does not say which."""
+    softmax_over: Literal["group", "all"] = "group"
+    """Experts that a softmax score is over: the paper does not say which, see docs/foe.md."""
 
     def __post_init__(self) -> None:
         LanguageModelConfig.__post_init__(self)  # super() finds no class with slots
-        require_choice(self, "softmax_over", ("all", "group"))
-        if self.softmax_over != "all" and self.score != "softmax":
+        require_choice(self, "softmax_over", ("group", "all"))
+        if self.softmax_over != "group" and self.score != "softmax":
             raise ValueError(
-                f"softmax_over: expected 'all', as score = {self.score!r}, "
+                f"softmax_over: expected 'group', as score = {self.score!r}, "
                 f"got {self.softmax_over!r}"
             )
         if self.score == "unit":
