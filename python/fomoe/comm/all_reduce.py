@@ -88,7 +88,7 @@ class HierarchicalSum:
         padded.view(-1)[: x.numel()] = x
         part = padded[self._place].clone()
         self._add_across(part)
-        dist.all_gather_into_tensor(padded.view(-1), part, group=self._node)
+        dist.all_gather(list(padded), part, group=self._node)
         x.copy_(padded.view(-1)[: x.numel()])
 
     def _add_across(self, part: Tensor) -> None:
@@ -98,6 +98,6 @@ class HierarchicalSum:
             dist.all_reduce(part, group=self._across)
             return
         # Two send each other all they have: as much as the two steps of a ring, and one wait less.
-        both = part.new_empty(2 * part.numel())
-        dist.all_gather_into_tensor(both, part, group=self._across)
-        torch.add(*both.chunk(2), out=part)
+        both = [torch.empty_like(part), torch.empty_like(part)]
+        dist.all_gather(both, part, group=self._across)
+        torch.add(*both, out=part)

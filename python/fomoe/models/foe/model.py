@@ -6,6 +6,7 @@ G groups held here of H, B batch, S sequence, D model width.
 
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from fomoe.models.attention import Rotation
@@ -60,13 +61,12 @@ class FoELayer(nn.Module):
         added = self.attention(self.attention_norm(x_GBSD), positions, cache)
         if self.is_first:
             added = self.attention_output_norm(self.mean(added) * self.num_groups)
-            r_BSD = x_GBSD[0] + self.residual_scale * added
+            r_BSD = torch.add(x_GBSD[0], added, alpha=self.residual_scale)
         else:
             added = self.attention_output_norm(added)
-            r_BSD = self.mean(x_GBSD + self.residual_scale * added)
+            r_BSD = self.mean(torch.add(x_GBSD, added, alpha=self.residual_scale))
         y_GBSD: Tensor = self.moe_output_norm(self.moe(self.moe_norm(r_BSD)))
-        streams_GBSD: Tensor = r_BSD + self.residual_scale * y_GBSD
-        return streams_GBSD
+        return torch.add(r_BSD, y_GBSD, alpha=self.residual_scale)
 
 
 class FoE(LanguageModel):
