@@ -23,14 +23,14 @@ def print_all(layers: list[dict], models: list[dict], speeds: list[dict]) -> int
 
 
 def print_layers(lines: list[dict]) -> None:
-    print("| share | method | local error by seed | usage entropy | dead | always on | s a layer |")
+    print("| share | method | local error by seed | usage entropy | dead | always on | CPU s |")
     print("|---|---|---|---|---|---|---|")
     for share, method in ordered(lines):
         chosen = [x for x in lines if (x["share"], x["method"]) == (share, method)]
         errors = ", ".join(f"{e:.4f}" for e in mean_errors(chosen).values())
         entropy, dead, always_on, seconds = (
             statistics.fmean(line[key] for line in chosen)
-            for key in ("usage_entropy", "dead", "always_on", "seconds")
+            for key in ("usage_entropy", "dead", "always_on", "cpu_seconds")
         )
         print(
             f"| {share:g} | {method} | {errors} | {entropy:.2f} | {dead:.1f} | {always_on:.1f} "

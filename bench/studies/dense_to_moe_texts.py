@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fomoe.convert.text import CalibrationText, calibration_text
-from fomoe.data.corpus import _standard_library_sources
+from fomoe.data.corpus import standard_library_sources
 from fomoe.data.tokenization import FileTokens
 from fomoe.models import Decoder
 from fomoe.models.pretrained import load_dense
@@ -52,7 +52,7 @@ def alignment_text(folder: Path, tokens: FileTokens, num_tokens: int) -> Calibra
 
 def docstrings() -> Iterator[str]:
     """Of the standard library's modules, classes and functions."""
-    for source in _standard_library_sources():
+    for source in standard_library_sources():
         try:
             nodes = ast.walk(ast.parse(source))
         except (SyntaxError, ValueError):
