@@ -14,7 +14,7 @@ docstrings of numpy and of torch.
 
 Each command goes on where a killed one stopped: a finished cell is a line in RESULTS/*.jsonl.
 Assignments go to RESULTS/assignments, which need not be kept. `--workers 2` runs two processes of
-one thread each.
+one thread each. tools/test.sh runs a reduced version: three methods, every third layer.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def align(arguments: argparse.Namespace) -> None:
     if not cells:
         return
     dense, tokens = dense_model(arguments.results)
-    text = alignment_text(arguments.results, tokens, arguments.tokens)
+    text = alignment_text(arguments, tokens)
     sequences = torch.cat([text.training, text.held_out])
     inputs = dict(feed_forward_inputs(dense, sequences, {layer for layer, *_ in cells}))
     cells.sort(key=lambda c: (urgency(c[1:], arguments), c[0]))
@@ -122,7 +122,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     cells = [(*run, 0) for run in (DENSE, *runs(arguments))]
     cells += [
         (*run, arguments.fine_tune_steps)
-        for run in (DENSE, *runs(arguments))
+        for run in (*runs(arguments), DENSE)
         if run[2] in arguments.fine_tune_seeds
     ]
     cells.sort(key=lambda c: (c[0] not in STRONG, c[3] > 0, urgency(c[:3], arguments)))
@@ -131,7 +131,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         return
     dense, tokens = dense_model(arguments.results)
     texts = evaluation_texts(tokens, arguments.sequences)
-    alignment = alignment_text(arguments.results, tokens, arguments.tokens)
+    alignment = alignment_text(arguments, tokens)
     for name, share, seed, tuned in cells:
         append(lines, evaluate_cell(dense, texts, alignment, (name, share, seed, tuned), arguments))
 
@@ -310,6 +310,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(30)))
     parser.add_argument("--steps", type=int, default=Conversion().steps)
     parser.add_argument("--tokens", type=int, default=Conversion().tokens)
+    parser.add_argument("--held-out-tokens", type=int, default=Conversion().held_out_tokens)
     parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens, of each text")
     parser.add_argument("--fine-tune-steps", type=int, default=16)
     parser.add_argument("--fine-tune-seeds", type=int, nargs="*", default=[0])

@@ -11,7 +11,7 @@ MIN_LOSS_GAIN = 0.1  # nats below prune, at half of the neurons
 
 
 def print_all(layers: list[dict], models: list[dict], speeds: list[dict]) -> int:
-    """Print everything; 1 if a criterion does not hold, else 0."""
+    """Print everything; 1 if a criterion does not hold or there is none to judge, else 0."""
     print_layers(layers)
     print_models(models)
     print_speeds(speeds)
@@ -19,7 +19,7 @@ def print_all(layers: list[dict], models: list[dict], speeds: list[dict]) -> int
     print("\n| criterion | measured | holds |\n|---|---|---|")
     for name, measured, holds in verdicts:
         print(f"| {name} | {measured} | {'yes' if holds else 'no'} |")
-    return 0 if all(holds for *_, holds in verdicts) else 1
+    return 0 if verdicts and all(holds for *_, holds in verdicts) else 1
 
 
 def print_layers(lines: list[dict]) -> None:
