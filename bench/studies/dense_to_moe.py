@@ -14,7 +14,7 @@ docstrings of numpy and of torch.
 
 Each command goes on where a killed one stopped: a finished cell is a line in RESULTS/*.jsonl.
 Assignments go to RESULTS/assignments, which need not be kept. `--workers 2` runs two processes of
-one thread each.
+one thread each. tools/test.sh runs a reduced version: three methods, every third layer.
 """
 
 import argparse
@@ -48,29 +48,38 @@ from fomoe.convert.text import CalibrationText
 from fomoe.data.tokenization import FileTokens
 from fomoe.models import Decoder, parameter_count
 
+DENSE = ("dense", 1.0, 0)
+STRONG = ("dense", "dot", "tiers", "core", "prune")
+
 
 def align(arguments: argparse.Namespace) -> None:
-    """One line per layer, method, share and seed, and a file with the assignment."""
+    """One line per layer, method, share and seed, and a file with the assignment.
+
+    All layers of a method come before the next one's, so their inputs stay in memory: 3.4 GB.
+    """
     lines = arguments.results / "layers.jsonl"
     done = {cell(line) for line in read(lines)}
-    wanted = {
-        layer: [c for c in layer_cells(arguments, layer) if c not in done]
+    cells = [
+        (layer, *run)
+        for run in runs(arguments)
         for layer in share_of_work(arguments, arguments.layers)
-    }
-    layers = [layer for layer, cells in wanted.items() if cells]
-    if not layers:
+    ]
+    cells = [c for c in cells if c not in done]
+    if not cells:
         return
     dense, tokens = dense_model(arguments.results)
-    text = alignment_text(arguments.results, tokens, arguments.tokens)
-    for index, inputs in feed_forward_inputs(
-        dense, torch.cat([text.training, text.held_out]), layers
-    ):
-        weights = dense_weights(dense.layers[index].feed_forward)
+    text = alignment_text(arguments, tokens)
+    sequences = torch.cat([text.training, text.held_out])
+    inputs = dict(feed_forward_inputs(dense, sequences, {layer for layer, *_ in cells}))
+    cells.sort(key=lambda c: (urgency(c[1:], arguments), c[0]))
+    for (_, layer), some in itertools.groupby(cells, lambda c: (urgency(c[1:], arguments), c[0])):
+        weights = dense_weights(dense.layers[layer].feed_forward)
         training, held_out = (
             DenseLayer(weights, part)
-            for part in inputs.split([text.training.numel(), text.held_out.numel()])
+            for part in inputs[layer].split([text.training.numel(), text.held_out.numel()])
         )
-        for key in wanted[index]:
+        _ = training.output_squares  # now, so that no method is timed with it
+        for key in some:
             line = align_cell(dense, training, held_out, key, arguments)
             append(lines, line | {"text_sha256": text.sha256})
 
@@ -84,10 +93,10 @@ def align_cell(
 ) -> dict:
     index, name, share, seed = key
     shape = expert_shape(dense.config, conversion(arguments, name, share, seed))
-    begin = time.perf_counter()
+    begin = time.process_time()
     settings = Training(steps=arguments.steps, seed=layer_seed(seed, index))
     result = convert_layer(METHODS[name], training, shape.num_experts, shape.top_k, settings)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     products = held_out.expert_products(result.expert, shape.num_experts)
     quality = layer_quality(held_out, result, METHODS[name], shape.top_k, products)
     tensors = {"expert": result.expert}
@@ -102,7 +111,7 @@ def align_cell(
         "layer": index, "method": name, "share": share, "seed": seed, "error": quality.error,
         "usage": [round(u, 4) for u in quality.usage], "usage_entropy": quality.usage_entropy,
         "dead": quality.dead_experts, "always_on": quality.always_on_experts,
-        "seconds": round(seconds, 2), "steps": arguments.steps, "tokens": arguments.tokens,
+        "cpu_seconds": round(seconds, 2), "steps": arguments.steps, "tokens": arguments.tokens,
     }  # fmt: skip
 
 
@@ -110,22 +119,19 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """One line per model: mean loss by text, of the aligned model and of the fine-tuned one."""
     lines = arguments.results / "models.jsonl"
     done = {(line["method"], line["share"], line["seed"], line["tuned"]) for line in read(lines)}
-    cells = [("dense", 1.0, 0, 0)]
-    for (_, name, share, seed), tuned in itertools.product(
-        layer_cells(arguments, 0), (0, arguments.fine_tune_steps)
-    ):
-        if tuned and (
-            name not in arguments.fine_tune_methods or share not in arguments.fine_tune_shares
-        ):
-            continue
-        if (name, share, seed, tuned) not in cells:
-            cells.append((name, share, seed, tuned))
+    cells = [(*run, 0) for run in (DENSE, *runs(arguments))]
+    cells += [
+        (*run, arguments.fine_tune_steps)
+        for run in (*runs(arguments), DENSE)
+        if run[2] in arguments.fine_tune_seeds
+    ]
+    cells.sort(key=lambda c: (c[0] not in STRONG, c[3] > 0, urgency(c[:3], arguments)))
     cells = [c for c in share_of_work(arguments, cells) if c not in done]
     if not cells:
         return
     dense, tokens = dense_model(arguments.results)
     texts = evaluation_texts(tokens, arguments.sequences)
-    alignment = alignment_text(arguments.results, tokens, arguments.tokens)
+    alignment = alignment_text(arguments, tokens)
     for name, share, seed, tuned in cells:
         append(lines, evaluate_cell(dense, texts, alignment, (name, share, seed, tuned), arguments))
 
@@ -242,15 +248,22 @@ def compare(
     print(f"{what} {share:g} of {num_tokens} tokens: {ratio.median:.2f}x", flush=True)
 
 
-def layer_cells(arguments: argparse.Namespace, layer: int) -> list[tuple]:
-    """What differs in share alone comes together: an assignment that stays is made use of twice."""
+def runs(arguments: argparse.Namespace) -> list[tuple]:
+    """Method, share and seed. What differs in share alone comes together: an assignment that stays
+    is made use of twice."""
     return [
-        (layer, name, share, seed)
+        (name, share, seed)
         for name, seed, share in itertools.product(
             arguments.methods, arguments.seeds, arguments.shares
         )
         if name != "prune" or seed == arguments.seeds[0]  # it draws nothing at random
     ]
+
+
+def urgency(run: tuple, arguments: argparse.Namespace) -> tuple[bool, bool]:
+    """Smaller first: of a grid that is cut short, the strong methods with one seed are of use."""
+    name, _, seed = run
+    return name not in STRONG, seed != arguments.seeds[0]
 
 
 def cell(line: dict) -> tuple:
@@ -297,10 +310,10 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, nargs="+", default=list(range(30)))
     parser.add_argument("--steps", type=int, default=Conversion().steps)
     parser.add_argument("--tokens", type=int, default=Conversion().tokens)
-    parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, of each text")
+    parser.add_argument("--held-out-tokens", type=int, default=Conversion().held_out_tokens)
+    parser.add_argument("--sequences", type=int, default=4, help="of 512 tokens, of each text")
     parser.add_argument("--fine-tune-steps", type=int, default=16)
-    parser.add_argument("--fine-tune-methods", nargs="*", default=["dot", "prune"])
-    parser.add_argument("--fine-tune-shares", type=float, nargs="*", default=[0.25, 0.5])
+    parser.add_argument("--fine-tune-seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 512, 4096])
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for each row")
     parser.add_argument("--workers", type=int, default=1)

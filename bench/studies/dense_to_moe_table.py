@@ -11,7 +11,7 @@ MIN_LOSS_GAIN = 0.1  # nats below prune, at half of the neurons
 
 
 def print_all(layers: list[dict], models: list[dict], speeds: list[dict]) -> int:
-    """Print everything; 1 if a criterion does not hold, else 0."""
+    """Print everything; 1 if a criterion does not hold or there is none to judge, else 0."""
     print_layers(layers)
     print_models(models)
     print_speeds(speeds)
@@ -19,18 +19,18 @@ def print_all(layers: list[dict], models: list[dict], speeds: list[dict]) -> int
     print("\n| criterion | measured | holds |\n|---|---|---|")
     for name, measured, holds in verdicts:
         print(f"| {name} | {measured} | {'yes' if holds else 'no'} |")
-    return 0 if all(holds for *_, holds in verdicts) else 1
+    return 0 if verdicts and all(holds for *_, holds in verdicts) else 1
 
 
 def print_layers(lines: list[dict]) -> None:
-    print("| share | method | local error by seed | usage entropy | dead | always on | s a layer |")
+    print("| share | method | local error by seed | usage entropy | dead | always on | CPU s |")
     print("|---|---|---|---|---|---|---|")
     for share, method in ordered(lines):
         chosen = [x for x in lines if (x["share"], x["method"]) == (share, method)]
         errors = ", ".join(f"{e:.4f}" for e in mean_errors(chosen).values())
         entropy, dead, always_on, seconds = (
             statistics.fmean(line[key] for line in chosen)
-            for key in ("usage_entropy", "dead", "always_on", "seconds")
+            for key in ("usage_entropy", "dead", "always_on", "cpu_seconds")
         )
         print(
             f"| {share:g} | {method} | {errors} | {entropy:.2f} | {dead:.1f} | {always_on:.1f} "

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import pydoc_data.topics
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fomoe.convert.text import CalibrationText, calibration_text
-from fomoe.data.corpus import _standard_library_sources
+from fomoe.data.corpus import standard_library_sources
 from fomoe.data.tokenization import FileTokens
 from fomoe.models import Decoder
 from fomoe.models.pretrained import load_dense
@@ -36,23 +37,27 @@ def dense_model(folder: Path) -> tuple[Decoder, FileTokens]:
     return dense.requires_grad_(False), FileTokens(str(path), "\n")
 
 
-def alignment_text(folder: Path, tokens: FileTokens, num_tokens: int) -> CalibrationText:
+def alignment_text(arguments: Namespace, tokens: FileTokens) -> CalibrationText:
     """Sequences of the topics of pydoc and of docstrings, in turns."""
     texts = {
         "topics.txt": "\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())),
         "docstrings.txt": "\n\n".join(docstrings()),
     }
-    paths = [folder / "assignments" / name for name in texts]
+    paths = [arguments.results / "assignments" / name for name in texts]
     for path in paths:
         path.write_text(texts[path.name], encoding="utf-8")
     return calibration_text(
-        paths, tokens, tokens=num_tokens, held_out_tokens=4096, sequence_length=SEQUENCE
+        paths,
+        tokens,
+        tokens=arguments.tokens,
+        held_out_tokens=arguments.held_out_tokens,
+        sequence_length=SEQUENCE,
     )
 
 
 def docstrings() -> Iterator[str]:
     """Of the standard library's modules, classes and functions."""
-    for source in _standard_library_sources():
+    for source in standard_library_sources():
         try:
             nodes = ast.walk(ast.parse(source))
         except (SyntaxError, ValueError):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fomoe.convert.dense import DenseLayer, DenseWeights
 from fomoe.convert.local_alignment import Training, align, slopes, train_router
+from fomoe.convert.methods import METHODS, convert_layer
 from fomoe.convert.router import Choice
 
 NUM_EXPERTS = 4
@@ -135,3 +136,11 @@ def test_every_expert_gets_its_share_of_neurons_and_the_same_seed_the_same_bits(
     assert first.expert.bincount().tolist() == [6] * NUM_EXPERTS
     assert torch.equal(first.expert, second.expert)
     assert torch.equal(first.router.weight, second.router.weight)
+
+
+def test_dot_starts_with_the_most_important_neurons_in_one_expert_and_the_others_clustered(layer):
+    still = Training(steps=1, batch_size=16, affinity_rate=0.0)
+    start = convert_layer(METHODS["dot"], layer, NUM_EXPERTS, 1, still).expert
+    core = (start == 0).nonzero().flatten()
+    assert sorted(core.tolist()) == sorted(layer.importance.topk(6).indices.tolist())
+    assert torch.equal(start, convert_layer(METHODS["core"], layer, NUM_EXPERTS, 2, still).expert)

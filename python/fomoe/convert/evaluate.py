@@ -75,7 +75,7 @@ def negative_log_likelihood(model: Decoder, tokens_NS: Tensor, batch_size: int =
     device = model.embedding.weight.device
     losses = []
     for batch_BS in torch.split(tokens_NS.to(device), batch_size):
-        logits_BSV = model(batch_BS[:, :-1]).float()
-        loss = F.cross_entropy(logits_BSV.transpose(1, 2), batch_BS[:, 1:], reduction="none")
-        losses.append(loss.double().mean(1).cpu())
+        logits_PV = model(batch_BS[:, :-1]).float().flatten(0, 1)  # a row for each prediction
+        loss_P = F.cross_entropy(logits_PV, batch_BS[:, 1:].flatten(), reduction="none")
+        losses.append(loss_P.view(len(batch_BS), -1).double().mean(1).cpu())
     return torch.cat(losses)

@@ -47,13 +47,13 @@ Z = 1e-3
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Training:
-    """How long and how fast one layer is trained; the defaults were chosen on two layers."""
+    """How long and how fast one layer is trained; the defaults were chosen on four layers."""
 
     steps: int = 64
     batch_size: int = 1024
     affinity_rate: float = 0.03
     router_rate: float = 0.01
-    affinity_of_cluster: float = 0.3  # of a neuron to the cluster it starts in
+    affinity_of_start: float = 0.15  # of a neuron to the expert it starts in
     corrected: bool = True  # False: the paper's gradients
     seed: int = 0
 
@@ -129,7 +129,7 @@ def align(
     noise = torch.randn(layer.weights.num_neurons, num_experts, generator=generator) * 0.01
     affinity = noise.to(layer.inputs)
     if start_H is not None:
-        affinity[torch.arange(len(start_H)), start_H] += training.affinity_of_cluster
+        affinity[torch.arange(len(start_H)), start_H] += training.affinity_of_start
     affinity.requires_grad_()
     optimizer = _optimizer(
         (training.affinity_rate, [affinity]), (training.router_rate, router.parameters)

@@ -109,8 +109,8 @@ def _in_turn(order_H: Tensor, num_experts: int) -> Tensor:
 
 METHODS = {
     "dot": Method(
-        "optimal transport with corrected gradients, from activation clusters",
-        _activation_clusters,
+        "optimal transport with corrected gradients, from a core and clusters",
+        _core,
         learned=True,
     ),
     "dot-literal": Method(

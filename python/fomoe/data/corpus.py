@@ -134,7 +134,7 @@ def load_corpus(paths: Sequence[str | Path] = (), *, max_bytes: int = 0) -> Corp
     if paths:
         domains = [Domain(str(path), _read_path(Path(path), max_bytes)) for path in paths]
     else:
-        code = _join(_standard_library_sources(), max_bytes)
+        code = _join(standard_library_sources(), max_bytes)
         domains = [Domain("prose", _python_topics()), Domain("code", code)]
     if max_bytes:
         shares = _fair_shares([len(domain.data) for domain in domains], max_bytes)
@@ -209,7 +209,8 @@ def _python_topics() -> bytes:
     return "\n".join(text for _, text in sorted(topics.items())).encode("utf-8")
 
 
-def _standard_library_sources() -> Iterator[bytes]:
+def standard_library_sources() -> Iterator[bytes]:
+    """Python sources of the running interpreter's standard library, each in UTF-8, by path."""
     root = Path(sysconfig.get_path("stdlib"))
     for entry in sorted(root.iterdir()):
         if entry.suffix == ".py" and not entry.name.startswith("_sysconfigdata"):
