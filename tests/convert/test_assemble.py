@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from fomoe.convert.methods import METHODS
 from fomoe.convert.router import Choice
 from fomoe.models.pretrained import load_dense
-from fomoe.nn import MoE
+from fomoe.nn import MoE, auxiliary_loss
 
 from .random_results import convert, random_results
 
@@ -54,3 +54,15 @@ def test_layers_that_are_not_converted_stay_dense_and_are_not_copied(sources):
     assert model.layers[0].feed_forward is dense.layers[0].feed_forward
     assert model.layers[1].feed_forward is None
     torch.testing.assert_close(model(TOKENS), dense(TOKENS))
+
+
+@pytest.mark.parametrize("method", ["dot", "core"])
+def test_training_the_model_leaves_its_routers_alone(sources, method):
+    dense, _ = load_dense(sources["llama"], dtype=torch.float32)
+    model = convert(dense, random_results(dense, 6), method=method, active_share=0.5)
+    model.requires_grad_()
+    loss = F.cross_entropy(model(TOKENS[:, :-1]).flatten(0, 1), TOKENS[:, 1:].flatten())
+    (loss + auxiliary_loss(model)).backward()
+    for name, parameter in model.named_parameters():
+        trained = parameter.grad is not None and bool(parameter.grad.any())
+        assert trained == (".router." not in name), name

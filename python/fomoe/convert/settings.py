@@ -83,7 +83,7 @@ def expert_shape(config: DecoderConfig, conversion: Conversion) -> ExpertShape:
 
 
 def converted_config(config: DecoderConfig, conversion: Conversion) -> DecoderConfig:
-    """The shape of the converted model.
+    """The shape of the converted model, whose training leaves the routers as they are.
 
     Raises
     ------
@@ -112,6 +112,9 @@ def converted_config(config: DecoderConfig, conversion: Conversion) -> DecoderCo
         activation="swiglu",
         score="unit",
         router_bias=True,
+        # With unit weights they are all that would train the router, away from its choice.
+        balance_loss_coefficient=0.0,
+        z_loss_coefficient=0.0,
         dense_layers=rest,
         dense_dim=config.dense_dim if rest else 0,
     )
