@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fomoe.comm import C10dTransport, ExpertExchange, Topology, Transport
+from fomoe.comm.pairwise import all_to_all
 from fomoe.models import Decoder, DecoderConfig
 from fomoe.nn import initialize
 from fomoe.nn.expert_parallel import clip_grad_norm, expert_parameters, finish_expert_gradients
@@ -132,6 +133,23 @@ def work(rank: int, port: int, results: Any) -> None:
         for name, value in found.items()
     }  # fmt: skip
     results.put((rank, as_lists))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def receive_first(rank: int, port: int, results: Any) -> None:
+    """Uneven parts, and empty ones: by :func:`all_to_all` and by torch itself."""
+    start(rank, 3, port)
+    sizes = [[2, 0, 5], [3, 1, 0], [0, 0, 0]]  # of the sender, by receiver
+    send, receive = sizes[rank], [theirs[rank] for theirs in sizes]
+    outbox = torch.arange(sum(send)) + 100 * rank
+    inbox, right = torch.empty(2, sum(receive), dtype=torch.int64)
+    dist.all_to_all_single(right, outbox, receive, send)
+    posted, originals = [], (dist.irecv, dist.isend)
+    dist.irecv = lambda *a, **k: (posted.append("receive"), originals[0](*a, **k))[1]
+    dist.isend = lambda *a, **k: (posted.append("send"), originals[1](*a, **k))[1]
+    all_to_all(inbox, outbox, receive, send, None)
+    results.put((rank, (inbox.tolist(), right.tolist(), posted)))
     dist.barrier()
     dist.destroy_process_group()
 

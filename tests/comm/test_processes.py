@@ -80,6 +80,13 @@ def _gradients_of_one_process():
     return gradients
 
 
+def test_parts_arrive_as_by_torch_and_receives_are_posted_first():
+    """gloo's link carries one direction after the other if a send is posted before a receive."""
+    for inbox, right, posted in dict(_results_of(exchange_ranks.receive_first, 3, (), 3)).values():
+        assert inbox == right
+        assert posted == ["receive"] * 2 + ["send"] * 2
+
+
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
 def test_a_lost_rank_ends_the_others_and_is_named(how):
     sentences = dict(_results_of(exchange_ranks.lose_rank_2, 3, (how,), 2))

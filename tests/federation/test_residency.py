@@ -8,11 +8,11 @@ import pickle
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from in_process import values_of
 from nano_task import NanoTask, nano, settings
 
 from fomoe.federation.exchange import Exchange, Piece
+from fomoe.federation.exchange.transport import GroupTransport
 from fomoe.federation.launch import train
 from fomoe.federation.meeting import MOMENTS
 from fomoe.federation.parameters import federated_tensors
@@ -75,7 +75,7 @@ class Spy:
     def watch(self) -> None:
         """Look before and after these calls of the site in this process."""
         sites: list[Site] = []
-        pack, distribute, send = Exchange.pack, Exchange.distribute, dist.all_to_all_single
+        pack, distribute, send = Exchange.pack, Exchange.distribute, GroupTransport.all_to_all
         end_round, begin_round = Site.end_round, Site.begin_round
 
         def spied_end_round(site):
@@ -108,7 +108,7 @@ class Spy:
 
         Site.end_round, Site.begin_round = spied_end_round, spied_begin_round
         Exchange.pack, Exchange.distribute = spied_pack, spied_distribute
-        dist.all_to_all_single = spied_send
+        GroupTransport.all_to_all = spied_send
 
 
 class SpiedTask(NanoTask):

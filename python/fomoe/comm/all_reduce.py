@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe.comm.pairwise import all_to_all
 from fomoe.errors import CommunicationError
 
 __all__ = ["HierarchicalSum"]
@@ -98,6 +99,8 @@ class HierarchicalSum:
             dist.all_reduce(part, group=self._across)
             return
         # Two send each other all they have: as much as the two steps of a ring, and one wait less.
-        both = [torch.empty_like(part), torch.empty_like(part)]
-        dist.all_gather(both, part, group=self._across)
-        torch.add(*both, out=part)
+        theirs = torch.empty_like(part)
+        sizes = [part.numel(), part.numel()]
+        sizes[dist.get_rank(self._across)] = 0
+        all_to_all(theirs, part, sizes, sizes, self._across)
+        part += theirs

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from fomoe.comm.pairwise import all_to_all
 from fomoe.comm.topology import Stage, Topology
 from fomoe.errors import CommunicationError
 
@@ -136,7 +137,7 @@ class C10dTransport:
         payload = payload.cpu() if self._on_host else payload
         arrived = payload.new_empty(sum(receive))
         try:
-            dist.all_to_all_single(arrived, payload, receive, send, group=self._groups[stage])
+            all_to_all(arrived, payload, receive, send, self._groups[stage])
         except RuntimeError as error:
             members = self.topology.group(self.rank, stage)
             raise self._roll.call(f"the {stage} stage", members, error) from error

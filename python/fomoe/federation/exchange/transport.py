@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fomoe.comm.pairwise import all_to_all
+
 __all__ = ["Bystander", "GroupTransport", "Transport"]
 
 
@@ -55,7 +57,7 @@ class GroupTransport:
         self, outbox: Tensor, send: list[int], inbox: Tensor, receive: list[int]
     ) -> None:
         begin = time.perf_counter()
-        dist.all_to_all_single(inbox, outbox, receive, send, group=self.group)
+        all_to_all(inbox, outbox, receive, send, self.group)
         self.seconds += time.perf_counter() - begin
 
 
