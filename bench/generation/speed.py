@@ -4,7 +4,9 @@
     python bench/generation/speed.py --device cuda --name foe-1b --output RESULTS.jsonl
 
 In turns, median and quartiles: the forward of all prompts' tokens, the time to the first tokens
-(prefill), and a step of decode, with tokens/s of all sequences together.
+(prefill), and a step of decode, with tokens/s of all sequences together. On a GPU also a step by
+CUDA graphs, and in how many steps its tokens are the same: rounding differs with the number of
+positions that attention covers.
 """
 
 import argparse
@@ -20,7 +22,8 @@ import torch
 
 from fomoe.bench.machine import versions
 from fomoe.bench.timing import in_turns, paired_ratio, spread
-from fomoe.generate import Generation, stream
+from fomoe.generate import Generation, cuda_graphs, stream
+from fomoe.generate.decode_graph import Capture
 from fomoe.models import (
     DecoderConfig,
     FoEConfig,
@@ -32,6 +35,7 @@ from fomoe.models import (
 from fomoe.nn import initialize
 
 MOE, FOE = "MoE", "FoE"
+GRAPH = "step by CUDA graph"
 
 
 def models(name: str, device: torch.device) -> dict[str, LanguageModel]:
@@ -49,17 +53,24 @@ def models(name: str, device: torch.device) -> dict[str, LanguageModel]:
     return built
 
 
+def phases(device: torch.device) -> list[str]:
+    return ["forward", "first", "step", *([GRAPH] if device.type == "cuda" else [])]
+
+
 def forward(model: LanguageModel, tokens: torch.Tensor) -> list[float]:
     with torch.no_grad():
         return [timed(lambda: model.unembed(model.hidden(tokens)[:, -1]), tokens.device)]
 
 
-def steps(model: LanguageModel, prompts: list[list[int]], new_tokens: int) -> list[float]:
-    """Seconds to the first tokens, and to each that follows; a step ends on the host."""
-    times = [time.perf_counter()]
-    for _ in stream(model, prompts, Generation(max_new_tokens=new_tokens)):
+def steps(
+    model: LanguageModel, prompts: list[list[int]], new_tokens: int, capture: Capture | None = None
+) -> tuple[list[float], list[dict[int, int]]]:
+    """Seconds to the first tokens, and to each that follows, and they; a step ends on the host."""
+    times, tokens = [time.perf_counter()], []
+    for step in stream(model, prompts, Generation(max_new_tokens=new_tokens), capture=capture):
         times.append(time.perf_counter())
-    return [end - begin for begin, end in itertools.pairwise(times)]
+        tokens.append(step)
+    return [end - begin for begin, end in itertools.pairwise(times)], tokens
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
@@ -77,18 +88,23 @@ def measure(arguments: argparse.Namespace, batch: int) -> dict[str, Any]:
     both = models(arguments.name, device)
     generator = torch.Generator().manual_seed(batch)
     tokens = torch.randint(1000, (batch, arguments.prompt), generator=generator)
-    found: dict[str, dict[str, list[float]]] = {
-        what: {MOE: [], FOE: []} for what in ("forward", "first", "step")
-    }
+    found: dict[str, dict[str, list[float]]] = {what: {MOE: [], FOE: []} for what in phases(device)}
+    same_tokens: dict[str, float] = {}
     for repetition in range(-1, arguments.repetitions):  # the first is not counted
         for kind in in_turns([MOE, FOE], repetition + 1):
             taken = {"forward": forward(both[kind], tokens.to(device))[0]}
-            first, *rest = steps(both[kind], tokens.tolist(), arguments.new_tokens)
+            (first, *rest), new = steps(both[kind], tokens.tolist(), arguments.new_tokens)
             taken |= {"first": first, "step": sum(rest) / len(rest)}
+            if GRAPH in found:
+                (_, _, *rest), by_graph = steps(  # the first replay has the capture before it
+                    both[kind], tokens.tolist(), arguments.new_tokens, cuda_graphs(device)
+                )
+                same_tokens[kind] = sum(map(dict.__eq__, by_graph, new)) / len(new)
+                taken[GRAPH] = sum(rest) / len(rest)
             if repetition >= 0:
                 for what, seconds in taken.items():
                     found[what][kind].append(seconds)
-    record: dict[str, Any] = {"batch": batch}
+    record: dict[str, Any] = {"batch": batch, "same_tokens": same_tokens}
     for what, times in found.items():
         record[what] = {
             "seconds": {kind: spread(values)._asdict() for kind, values in times.items()},
@@ -116,10 +132,10 @@ def main() -> None:
     }  # fmt: skip
     for batch in arguments.batches:
         record = measure(arguments, batch)
-        for what in ("forward", "first", "step"):
+        for what in phases(torch.device(arguments.device)):
             seconds, ratio = record[what]["seconds"], record[what]["foe_over_moe"]
             print(
-                f"batch {batch:4} {what:8} MoE {seconds[MOE]['median'] * 1e3:9.2f} ms"
+                f"batch {batch:4} {what:18} MoE {seconds[MOE]['median'] * 1e3:9.2f} ms"
                 f"  FoE {seconds[FOE]['median'] * 1e3:9.2f} ms  FoE/MoE {ratio['median']:.2f}"
                 f" ({ratio['low']:.2f}-{ratio['high']:.2f})",
                 flush=True,

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fomoe.convert.dense import DenseLayer, DenseWeights
 from fomoe.convert.local_alignment import Training, align, slopes, train_router
 from fomoe.convert.methods import METHODS, convert_layer
 from fomoe.convert.router import Choice
+
+from .planted import planted_layer
 
 NUM_EXPERTS = 4
 
@@ -88,21 +89,6 @@ def test_products_give_the_error_of_any_choice(layer, assigned):
     off = 1 - chosen
     error = torch.einsum("te,tef,tf->", off, products, off)
     torch.testing.assert_close(error, masked_error(layer, chosen[:, expert]))
-
-
-def planted_layer(num_tokens=512, num_experts=4, size=6, dim=12):
-    """A layer whose experts exist: group e of neurons is strong on tokens with a mark in dim e."""
-    generator = torch.Generator().manual_seed(0)
-    num_neurons = num_experts * size
-    group = torch.randperm(num_neurons, generator=generator) % num_experts
-    gate = 0.1 * torch.randn(num_neurons, dim, generator=generator)
-    gate[torch.arange(num_neurons), group] += 4
-    gate[:, :num_experts][F.one_hot(group, num_experts) == 0] = -4
-    up = torch.randn(num_neurons, dim, generator=generator)
-    down = torch.randn(dim, num_neurons, generator=generator)
-    x = torch.randn(num_tokens, dim, generator=generator)
-    x[:, :num_experts] = F.one_hot(torch.arange(num_tokens) % num_experts, num_experts).float()
-    return DenseLayer(DenseWeights(gate, up, down), x), group
 
 
 def test_a_planted_assignment_is_found_from_another_one_and_routed_to():

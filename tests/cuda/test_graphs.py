@@ -9,6 +9,8 @@ from op_calls import assert_same_bits, call_of
 from samples import SAMPLES, leaf, name_of
 
 from fomoe import MoE, MoEConfig, ops
+from fomoe.generate import Generation, Sampling, cuda_graphs, generate
+from fomoe.models import build_model, config_from_dict
 from fomoe.nn import initialize
 
 
@@ -81,3 +83,19 @@ def test_a_layer_in_training(device, dtype):
         values = torch.randn(32, 64, generator=torch.Generator().manual_seed(seed))
         x.data.copy_(values)
         assert_same_bits(replay(), step())
+
+
+@pytest.mark.parametrize("family", ["decoder", "foe"])
+@pytest.mark.parametrize("device", ON_BOTH)
+def test_generation(device, family):
+    shape = {"vocab_size": 64, "dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+             "head_dim": 16, "expert_dim": 32, "num_experts": 8, "top_k": 2}  # fmt: skip
+    model = build_model(config_from_dict({"family": family, **shape}))
+    initialize(model, seed=0)
+    model.to(device).eval()
+    prompts = [[1, 2, 3], [4], [5] * 250]  # the longest reaches a second graph
+    settings = Generation(max_new_tokens=12, sampling=Sampling(temperature=1.0, seed=2))
+    expected = generate(model, prompts, settings)
+    capture = cuda_graphs(torch.device(device)) if device != "cpu" else None
+    for _ in range(2):
+        assert generate(model, prompts, settings, capture=capture) == expected

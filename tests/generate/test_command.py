@@ -106,6 +106,7 @@ def another_family(folder):
         (["a" * 33], {}, "prompt 1 has 33 tokens and --max-new-tokens is 8: together 41, but the "
          "model's context is 40"),
         (["a", ""], {}, "prompt 2 is empty: expected at least one token"),
+        (["a"], {"cuda_graph": True}, "--cuda-graph: expected a model on one GPU"),
         (["a"], {"device": "gpu"}, "--device: expected cpu, cuda or cuda:NUMBER, got 'gpu'"),
     ],
 )  # fmt: skip

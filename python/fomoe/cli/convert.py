@@ -37,6 +37,10 @@ def convert(
         str, typer.Option(help="Layers to convert, for example 0-5,8; by default all.")
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Of weights, clusters and data order.")] = 0,
+    max_load: Annotated[
+        float | None,
+        typer.Option(help="Even shares of the tokens that an expert may serve; by default any."),
+    ] = None,
     distill_steps: Annotated[
         int, typer.Option(min=0, help="Then train assignments and routers end to end.")
     ] = 0,
@@ -63,6 +67,7 @@ def convert(
         tokens=tokens,
         layers=_layers(layers),
         seed=seed,
+        max_load=max_load,
         distill_steps=distill_steps,
         fine_tune_steps=fine_tune_steps,
     )

@@ -36,6 +36,9 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or cuda:1.")] = "cpu",
+    cuda_graph: Annotated[
+        bool, typer.Option(help="Launch each step on the GPU at once; for one GPU.")
+    ] = False,
     precision: Annotated[
         Precision | None, typer.Option(help="Of the weights; by default what the file has.")
     ] = None,
@@ -60,6 +63,7 @@ def generate(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             device=device,
+            cuda_graph=cuda_graph,
             dtype=None if precision is None else precision.value,
             tokenizer=tokenizer,
         )

@@ -125,6 +125,7 @@ def align_layers(
             steps=conversion.steps,
             batch_size=conversion.batch_size,
             seed=layer_seed(conversion.seed, index),
+            max_load=conversion.max_load,
         )
 
         def report(progress: Progress, index: int = index) -> None:

@@ -185,7 +185,8 @@ def distill(
     report: Report,
 ) -> dict[int, LayerResult]:
     """Train the assignments (where the method learns them) and routers of ``results`` on."""
-    student = _masked(dense, results, Choice(top_k, method.always_on), method)
+    choice = Choice(top_k, method.always_on, conversion.max_load)
+    student = _masked(dense, results, choice, method)
     masked = {
         index: student.layers[index].get_submodule("feed_forward") for index in sorted(results)
     }

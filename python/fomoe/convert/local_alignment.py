@@ -29,6 +29,7 @@ from fomoe.convert.router import (
     RouterWeights,
     ScaledRouter,
     cost_sensitive_loss,
+    limited,
     straight_through_loss,
 )
 from fomoe.convert.schedule import (
@@ -55,6 +56,7 @@ class Training:
     router_rate: float = 0.01
     affinity_of_start: float = 0.15  # of a neuron to the expert it starts in
     corrected: bool = True  # False: the paper's gradients
+    max_load: float | None = None  # see Choice
     seed: int = 0
 
 
@@ -157,7 +159,8 @@ def align(
             report(Progress(step, float(slope.error / square), float(entropy.detach())))
     with torch.no_grad():
         soft_HE = sinkhorn(affinity / LAST_TEMPERATURE, capacity)
-    return Alignment(greedy_rounding(soft_HE, capacity), router.weights())
+        weights = limited(router.weights(), layer.inputs, choice)
+    return Alignment(greedy_rounding(soft_HE, capacity), weights)
 
 
 def train_router(
@@ -190,7 +193,8 @@ def train_router(
         optimizer.step()
         if report is not None:
             report(Progress(step, float(error / square), 0.0))
-    return router.weights()
+    with torch.no_grad():
+        return limited(router.weights(), layer.inputs, choice)
 
 
 def _router_loss(

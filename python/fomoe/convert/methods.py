@@ -55,7 +55,7 @@ def convert_layer(
     if not method.routed:
         assert start_H is not None
         return LayerResult(start_H, None)
-    choice = Choice(top_k, method.always_on)
+    choice = Choice(top_k, method.always_on, training.max_load)
     if method.learned:
         return LayerResult(*align(layer, num_experts, choice, training, start_H, report))
     assert start_H is not None

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_PRICE_STEPS = 96
+
 
 class RouterWeights(NamedTuple):
     """Of a plain linear router over the layer's input: ``weight`` (E, D) and ``bias`` (E,)."""
@@ -25,6 +27,8 @@ class Choice:
 
     top_k: int
     always_on: int = 0
+    max_load: float | None = None
+    """How many even shares of the tokens a router may learn to give one of the others."""
 
     def __call__(self, logits_TE: Tensor) -> Tensor:
         """1 for a chosen expert, 0 for another, (T, E), dtype of the logits."""
@@ -41,13 +45,16 @@ def cost_sensitive_loss(logits_TE: Tensor, benefits_TE: Tensor, choice: Choice) 
     The threshold of a token lies midway between the last benefit that is chosen and the next; the
     weight of a label is its distance from the threshold, over the batch's mean distance. Our
     choice, in place of the paper's straight-through softmax, whose gradient vanishes once an expert
-    is always on. ``benefits_TE`` says by how much each expert lowers the loss when it is on. Zero
-    where every expert is chosen.
+    is always on. ``benefits_TE`` says by how much each expert lowers the loss when it is on, and
+    is reduced by what keeps the labels within ``choice.max_load``. Zero where every expert is
+    chosen.
     """
     logits_TE, benefits_TE = logits_TE[:, choice.always_on :], benefits_TE[:, choice.always_on :]
     num_chosen = choice.top_k - choice.always_on
     if num_chosen == logits_TE.shape[1]:
         return 0 * logits_TE.sum()
+    if choice.max_load is not None:
+        benefits_TE = benefits_TE - limiting_prices(benefits_TE, num_chosen, choice.max_load)
     best = benefits_TE.topk(num_chosen + 1, dim=1).values
     threshold_T1 = best[:, -2:].mean(1, keepdim=True)
     distance_TE = (benefits_TE - threshold_T1).abs()
@@ -56,6 +63,42 @@ def cost_sensitive_loss(logits_TE: Tensor, benefits_TE: Tensor, choice: Choice) 
         (benefits_TE > threshold_T1).to(logits_TE.dtype),
         weight=distance_TE / distance_TE.mean().clamp(min=torch.finfo(distance_TE.dtype).tiny),
     )
+
+
+def limiting_prices(scores_TE: Tensor, top_k: int, max_load: float) -> Tensor:
+    """Prices (E,), at least 0, that limit how many tokens have an expert among their best K.
+
+    With the prices taken off the scores, no expert serves more than ``max_load`` even shares,
+    T K / E tokens each, but for what the last step of the search leaves. Our choice: the prices of
+    the linear program of the best assignment within these limits, by coordinate steps of half
+    length. Ties of scores can exceed the limit.
+    """
+    num_tokens, num_experts = scores_TE.shape
+    most = int(max_load * num_tokens * top_k / num_experts)
+    prices_E = scores_TE.new_zeros(num_experts)
+    if most >= num_tokens or top_k == num_experts:
+        return prices_E
+    for _ in range(_PRICE_STEPS):
+        priced_TE = scores_TE - prices_E
+        best = priced_TE.topk(top_k + 1, dim=1).values
+        last_T1, next_T1 = best[:, -2:-1], best[:, -1:]
+        # By how much an expert is in, or out if negative; of the best `most` it may be in.
+        margin_TE = priced_TE - torch.where(priced_TE >= last_T1, next_T1, last_T1)
+        excess_E = margin_TE.kthvalue(num_tokens - most, dim=0).values
+        prices_E = (prices_E + excess_E / 2).clamp(min=0)
+    return prices_E
+
+
+def limited(router: RouterWeights, inputs_TD: Tensor, choice: Choice) -> RouterWeights:
+    """The router with its bias lowered until ``choice.max_load`` holds on these inputs."""
+    rest = slice(choice.always_on, None)
+    num_chosen = choice.top_k - choice.always_on
+    if choice.max_load is None or num_chosen == 0:
+        return router
+    logits_TE = F.linear(inputs_TD, router.weight, router.bias)[:, rest]
+    bias_E = router.bias.clone()
+    bias_E[rest] -= limiting_prices(logits_TE, num_chosen, choice.max_load)
+    return router._replace(bias=bias_E)
 
 
 def straight_through_loss(

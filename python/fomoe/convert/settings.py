@@ -26,6 +26,7 @@ class Conversion:
     batch_size: int = 1024  # tokens of a step of one layer
     layers: tuple[int, ...] | None = None  # None: all
     seed: int = 0
+    max_load: float | None = None  # even shares of the tokens that an expert may serve; None: all
     distill_steps: int = 0
     fine_tune_steps: int = 0
 
@@ -37,6 +38,10 @@ class Conversion:
             raise UserError(
                 f"--active-share: expected above 0 and at most 1, got {self.active_share:g}"
             )
+        if self.max_load is not None and not self.max_load >= 1:
+            raise UserError(f"--max-load: expected at least 1, got {self.max_load:g}")
+        if self.max_load is not None and not METHODS[self.method].routed:
+            raise UserError(f"--max-load: method {self.method} has no router, so expected none")
         try:
             counts = ("expert_size", "steps", "tokens", "held_out_tokens", "batch_size")
             require_integers(self, counts, at_least=1)

@@ -12,9 +12,10 @@ from typing import TextIO
 import torch
 
 from fomoe.errors import UserError
-from fomoe.generate.loop import Generation, Model, stream
+from fomoe.generate.decode_graph import Capture, Model, cuda_graphs
+from fomoe.generate.loop import Generation, stream
 from fomoe.generate.opening import Opening
-from fomoe.generate.ranks import Ranks, ranks_of_this_run
+from fomoe.generate.ranks import Ranks, is_one_of_many, ranks_of_this_run
 from fomoe.generate.sampling import Sampling
 from fomoe.generate.text import Decoding, Text, text_of
 
@@ -30,6 +31,7 @@ class Request:
     max_new_tokens: int
     sampling: Sampling
     device: str = "cpu"
+    cuda_graph: bool = False
     dtype: str | None = None
     tokenizer: Path | None = None
 
@@ -45,6 +47,8 @@ def run(request: Request, out: TextIO = sys.stdout, report: TextIO = sys.stderr)
         Before any weight is read: what does not fit.
     """
     device = _device(request.device)
+    if request.cuda_graph and (device.type != "cuda" or is_one_of_many()):
+        raise UserError("--cuda-graph: expected a model on one GPU, with --device cuda")
     with ranks_of_this_run(device) as ranks:
         _run(request, device, ranks, out, report)
 
@@ -64,7 +68,9 @@ def _run(request: Request, device: torch.device, ranks: Ranks, out: TextIO, repo
         stop_tokens=text.stop_tokens,
     )
     decodings = [text.decoding(tokens) for tokens in prompts]
-    _Writing(request.prompts, decodings, ranks, out, report).write(model, prompts, settings)
+    capture = cuda_graphs(device) if request.cuda_graph else None
+    writing = _Writing(request.prompts, decodings, ranks, out, report)
+    writing.write(model, prompts, settings, capture)
 
 
 def _encoded(request: Request, text: Text, context_length: int) -> list[list[int]]:
@@ -115,7 +121,13 @@ class _Writing:
         self.decodings = decodings
         self.streams = len(prompts) == 1 and ranks.writes
 
-    def write(self, model: Model, prompts: Sequence[Sequence[int]], settings: Generation) -> None:
+    def write(
+        self,
+        model: Model,
+        prompts: Sequence[Sequence[int]],
+        settings: Generation,
+        capture: Capture | None,
+    ) -> None:
         here = self.ranks.prompts(len(prompts))
         texts = dict.fromkeys(here, "")
         if self.streams:
@@ -127,6 +139,7 @@ class _Writing:
             settings,
             first=here.start,
             any_rank=self.ranks.any_rank,
+            capture=capture,
         ):
             times.append(time.perf_counter())
             num_tokens += len(step)

@@ -6,25 +6,14 @@ B sequences, S tokens of a call, D model width, V vocabulary.
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fomoe.generate.decode_graph import Capture, DecodeGraphs, Model
 from fomoe.generate.sampling import Sampler, Sampling
-from fomoe.models.cache import CacheStep, KeyValueCache
 
 __all__ = ["Generation", "Model", "generate", "stream"]
-
-
-class Model(Protocol):
-    """What generation needs of a model, as :class:`fomoe.models.Decoder` has it."""
-
-    def new_cache(self, batch_size: int, capacity: int) -> KeyValueCache: ...
-
-    def hidden(self, tokens_BS: Tensor, cache: CacheStep | None = None) -> Tensor: ...
-
-    def unembed(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
@@ -53,10 +42,11 @@ def generate(
     *,
     first: int = 0,
     any_rank: Callable[[bool], bool] = bool,
+    capture: Capture | None = None,
 ) -> list[list[int]]:
     """The new tokens of every prompt, see :func:`stream`."""
     texts: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, settings, first=first, any_rank=any_rank):
+    for step in stream(model, prompts, settings, first=first, any_rank=any_rank, capture=capture):
         for sequence, token in step.items():
             texts[sequence].append(token)
     return texts
@@ -70,6 +60,7 @@ def stream(
     *,
     first: int = 0,
     any_rank: Callable[[bool], bool] = bool,
+    capture: Capture | None = None,
 ) -> Iterator[dict[int, int]]:
     """New tokens as they come: for every step, the token of each sequence that still goes on.
 
@@ -88,6 +79,9 @@ def stream(
     any_rank : Callable[[bool], bool]
         For a model over several ranks, whose calls are collective: whether any of them says so.
         Ranks go on together until nobody has anything left.
+    capture : Capture, optional
+        Decode by replaying graphs that this makes, :func:`fomoe.generate.decode_graph.cuda_graphs`
+        on a GPU. For a model on one device.
 
     Raises
     ------
@@ -98,7 +92,7 @@ def stream(
         if len(prompt) == 0:
             raise ValueError(f"prompts: expected at least one token, got none in prompt {index}")
     longest = max(map(len, prompts), default=0)
-    batch = _Batch(model, len(prompts), longest + settings.max_new_tokens)
+    batch = _Batch(model, len(prompts), longest + settings.max_new_tokens, capture)
     sampler = Sampler(settings.sampling, len(prompts), first)
     logits_BV = _prefill(batch, prompts, settings.prefill_tokens, any_rank)
     going = [True] * len(prompts)
@@ -111,17 +105,22 @@ def stream(
         is_last = step + 1 == settings.max_new_tokens
         if is_last or not any_rank(bool(new)):
             return
-        logits_BV = batch.call(
-            [[token] if g else [] for g, token in zip(going, chosen, strict=True)]
+        logits_BV = batch.decode(
+            [token if g else None for g, token in zip(going, chosen, strict=True)]
         )
 
 
 class _Batch:
     """The sequences and their cache."""
 
-    def __init__(self, model: Model, batch_size: int, capacity: int) -> None:
+    def __init__(
+        self, model: Model, batch_size: int, capacity: int, capture: Capture | None
+    ) -> None:
         self.model = model
         self.cache = model.new_cache(batch_size, capacity)
+        self.graphs: DecodeGraphs | None = None
+        if capture is not None and batch_size > 0:
+            self.graphs = DecodeGraphs(model, self.cache, capture)
 
     def call(self, tokens: Sequence[Sequence[int]]) -> Tensor | None:
         """Logits (B, V) after each sequence's new tokens; None without sequences."""
@@ -133,7 +132,14 @@ class _Batch:
         if not tokens:
             return None
         rows_B = torch.arange(len(tokens), device=device)
-        return self.model.unembed(hidden_BSD[rows_B, step.last_B])
+        last_B = torch.tensor([max(len(new), 1) - 1 for new in tokens], device=device)
+        return self.model.unembed(hidden_BSD[rows_B, last_B])
+
+    def decode(self, tokens: Sequence[int | None]) -> Tensor | None:
+        """Logits (B, V) after one more token of each sequence that has one."""
+        if self.graphs is not None:
+            return self.graphs(tokens)
+        return self.call([[] if token is None else [token] for token in tokens])
 
 
 def _prefill(

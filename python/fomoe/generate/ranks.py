@@ -21,7 +21,7 @@ from fomoe.models import Decoder, DecoderConfig, FoE, FoEConfig, LanguageModel, 
 from fomoe.models.foe import GroupRanks
 from fomoe.models.language_model_config import LanguageModelConfig
 
-__all__ = ["Ranks", "ranks_of_this_run"]
+__all__ = ["Ranks", "is_one_of_many", "ranks_of_this_run"]
 
 
 class Ranks(Protocol):
@@ -60,7 +60,7 @@ class Ranks(Protocol):
 @contextmanager
 def ranks_of_this_run(device: torch.device) -> Iterator[Ranks]:
     """Those that torchrun started, else this process alone."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not is_one_of_many():
         yield _Alone()
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -68,6 +68,11 @@ def ranks_of_this_run(device: torch.device) -> Iterator[Ranks]:
         yield _Torchrun(device)
     finally:
         dist.destroy_process_group()
+
+
+def is_one_of_many() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class _Alone:

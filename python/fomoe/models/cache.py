@@ -81,6 +81,25 @@ class KeyValueCache:
         Raises
         ------
         ValueError
+            As :meth:`extend`.
+        """
+        begins, device = self.extend(counts), self.entries.device
+        begin_B1 = torch.tensor(begins, device=device, dtype=torch.int64)[:, None]
+        count_B1 = torch.tensor(counts, device=device, dtype=torch.int64)[:, None]
+        offset_S = torch.arange(max(1, *counts) if counts else 1, device=device)
+        is_token_BS = offset_S < count_B1
+        # Padding has position 0, from where it sees something: its results are finite.
+        positions_BS = torch.where(is_token_BS, begin_B1 + offset_S, 0)
+        entries_BS = torch.where(is_token_BS, positions_BS, self.capacity)
+        num_visible = max(1, *self.lengths) if counts else 1
+        return CacheStep(self, positions_BS, entries_BS, num_visible)
+
+    def extend(self, counts: Sequence[int]) -> list[int]:
+        """Count ``counts[b]`` more tokens of sequence b; returns the lengths before.
+
+        Raises
+        ------
+        ValueError
             If there is not one count per sequence, or a sequence would get longer than the
             capacity.
         """
@@ -92,26 +111,28 @@ class KeyValueCache:
                 f"counts: expected at most {self.capacity} tokens in a sequence, got {max(lengths)}"
             )
         begins, self.lengths = self.lengths, lengths
-        return CacheStep(self, begins, counts)
+        return begins
 
 
 class CacheStep:
-    """Where the tokens of one call go, and what they see."""
+    """Where the tokens of one call go, and what they see.
 
-    def __init__(self, cache: KeyValueCache, begins: Sequence[int], counts: Sequence[int]) -> None:
+    Parameters
+    ----------
+    cache : KeyValueCache
+    positions_BS, entries_BS : Tensor, (B, S), int64
+        That of every new token in its sequence, and where it goes in the cache: padding to
+        position 0 and entry ``capacity``.
+    num_visible : int
+        L, at least the length of the longest sequence with its new tokens.
+    """
+
+    def __init__(
+        self, cache: KeyValueCache, positions_BS: Tensor, entries_BS: Tensor, num_visible: int
+    ) -> None:
         self.cache = cache
-        device = cache.entries.device
-        self.num_tokens = max(1, *counts) if counts else 1
-        self.num_visible = max(1, *cache.lengths) if counts else 1
-        begin_B1 = torch.tensor(begins, device=device, dtype=torch.int64)[:, None]
-        count_B1 = torch.tensor(counts, device=device, dtype=torch.int64)[:, None]
-        offset_S = torch.arange(self.num_tokens, device=device)
-        is_token_BS = offset_S < count_B1
-        # Padding has position 0, from where it sees something: its results are finite.
-        self.positions_BS = torch.where(is_token_BS, begin_B1 + offset_S, 0)
-        self._entries_BS = torch.where(is_token_BS, self.positions_BS, cache.capacity)
-        self.last_B = (count_B1[:, 0] - 1).clamp(min=0)
-        """(B,) int64: which of a sequence's new tokens is the last one."""
+        self.positions_BS, self._entries_BS = positions_BS, entries_BS
+        self.num_tokens, self.num_visible = positions_BS.shape[1], num_visible
         self._masks: dict[int, Tensor] = {}
 
     def layer(self, index: int) -> "LayerStep":
