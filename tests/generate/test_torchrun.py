@@ -7,10 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from generation_models import tiny_model
 
+from fomoe.errors import UserError
 from fomoe.generate import Sampling
 from fomoe.generate.command import Request, run
+from fomoe.generate.ranks import ranks_of_this_run
 from fomoe.models import save_model
 
 PROMPTS = ["Once upon", "a", "In the"]
@@ -48,9 +51,30 @@ def test_experts_or_groups_on_two_ranks_make_the_same_texts(kind, tmp_path):
     assert f"prompt tokens{where}, first new ones after" in ended.stderr.decode()
 
 
-def test_a_model_without_experts_is_refused(tmp_path):
-    save_model(tiny_model("dense", vocab_size=256), tmp_path)
-    ended = torchrun(tmp_path, "a")
-    assert ended.returncode != 0
-    sentence = "error: torchrun: expected a model with experts to share out among 2 ranks"
-    assert sentence in ended.stderr.decode()
+@pytest.fixture
+def rank_of_one(monkeypatch):
+    """A run of torchrun with a single rank, in this process."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    for name, value in {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_PORT": 0,
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with ranks_of_this_run(torch.device("cpu")) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_ranks", "sentence"),
+    [
+        ("dense", 2, "expected a model with experts to share out among 2 ranks"),
+        ("moe", 7, "expected at most 6 ranks, one for each expert, got 7"),
+    ],
+)
+def test_models_that_do_not_go_with_the_number_of_ranks(kind, num_ranks, sentence, rank_of_one):
+    rank_of_one.size = num_ranks
+    with pytest.raises(UserError, match=sentence):
+        rank_of_one.share_out(tiny_model(kind).config)
