@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from safetensors import SafetensorError
+
 from fomoe.errors import UserError
 
 __all__ = [
@@ -24,11 +26,16 @@ __all__ = [
 
 @contextmanager
 def cannot(deed: str) -> Iterator[None]:
-    """Turn an OSError of the block into a UserError: ``cannot <deed>: <the system's reason>``."""
+    """Turn an OSError of the block into a UserError: ``cannot <deed>: <the system's reason>``.
+
+    And what safetensors raises in its place, for a full disk or a damaged file.
+    """
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot {deed}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot {deed}: {error}") from error
 
 
 _UMASK = os.umask(0o077)

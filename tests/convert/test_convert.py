@@ -20,6 +20,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from fomoe.convert import convert as module
 from fomoe.convert.convert import Observer, convert
 from fomoe.convert.memory import memory_estimate
 from fomoe.convert.settings import Conversion
@@ -151,9 +152,49 @@ def test_a_killed_conversion_goes_on_to_the_same_bits(tmp_path):
         assert torch.equal(model.state_dict()[name], value), name
 
 
+def test_out_appears_whole_or_the_conversion_can_be_resumed(tmp_path, monkeypatch):
+    source, out = source_of(tmp_path / "dense"), tmp_path / "moe"
+    save = module.save_model
+
+    def fails_half_way(model, folder, tokenizer):
+        save(model, folder, tokenizer)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_model", fails_half_way)
+    with pytest.raises(UserError, match=r"cannot write .*moe: No space left on device"):
+        converted(source, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".moe.conversion", "dense"]
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="--resume: the unfinished conversion has dtype"):
+        converted(source, out, resume=True, dtype=torch.bfloat16)
+    converted(source, out, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+
+
+def test_layers_left_without_their_settings_are_not_taken_over(tmp_path):
+    source = source_of(tmp_path / "dense")
+    left = tmp_path / ".moe.conversion"
+    left.mkdir()
+    for layer in range(3):
+        (left / f"layer_{layer:03}.safetensors").write_bytes(b"of another conversion")
+    converted(source, tmp_path / "moe")
+    assert not left.exists()
+
+
+def test_a_damaged_layer_is_named(tmp_path):
+    source, out = source_of(tmp_path / "dense"), tmp_path / "moe"
+    observer = Observer(layer_done=lambda layer, quality: 1 / (1 - layer))
+    with pytest.raises(ZeroDivisionError):
+        converted(source, out, observer=observer)
+    (tmp_path / ".moe.conversion" / "layer_000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"cannot read .*layer_000.safetensors"):
+        converted(source, out, resume=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"seed": 2**40}, "--seed: expected at most 4294967296"),
         ({"expert_size": 7}, "--expert-size: expected a divisor of the feed-forward width 24, got "
          "7; the nearest that fit: 4 \\(6 experts\\), 6 \\(4 experts\\), 8 \\(3 experts\\), 12"),
         ({"method": "dott"}, "--method: expected one of dot, .*, got 'dott'"),

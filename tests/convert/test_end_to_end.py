@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training of all layers together."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from fomoe.convert.router import Choice, RouterWeights
 from fomoe.convert.schedule import LAST_TEMPERATURE
 from fomoe.convert.settings import Conversion
 from fomoe.convert.sinkhorn import sinkhorn
+from fomoe.errors import UserError
 from fomoe.models import FeedForward
 from fomoe.models.pretrained import load_dense
 
@@ -70,3 +73,26 @@ def test_fine_tuning_lowers_the_loss_and_leaves_routers_and_the_dense_model_alon
     assert not torch.equal(tuned.embedding.weight, dense.embedding.weight)
     for name, value in dense.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_weights_of_16_bits_are_tuned_in_32_and_rounded_once(sources, dtype):
+    text = torch.arange(4 * 32).view(4, 32) * 5 % 256
+    conversion = Conversion(expert_size=8, batch_size=128, fine_tune_steps=8, sequence_length=32)
+    dense, _ = load_dense(sources["llama"], dtype=dtype)
+    model = convert(dense, random_results(dense, 6), active_share=0.3)
+    tuned = fine_tune(model, dense, text, conversion, lambda step: None)
+    wide = fine_tune(deepcopy(model).float(), dense, text, conversion, lambda step: None)
+    for name, value in tuned.state_dict().items():
+        if value.is_floating_point():
+            assert value.dtype == dtype
+            assert torch.equal(value, wide.state_dict()[name].to(dtype)), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_training(sources):
+    dense, _ = load_dense(sources["llama"], dtype=torch.float32)
+    model = convert(dense, random_results(dense, 6), active_share=0.3)
+    model.norm.weight.data[0] = float("nan")
+    conversion = Conversion(expert_size=8, batch_size=128, fine_tune_steps=2, sequence_length=32)
+    with pytest.raises(UserError, match="step 0 after alignment has a loss of nan"):
+        fine_tune(model, dense, torch.arange(128).view(4, 32), conversion, lambda step: None)

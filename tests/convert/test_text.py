@@ -27,3 +27,11 @@ def test_more_tokens_change_none_of_the_first():
     assert torch.equal(many.training[:4], few.training)
     assert torch.equal(many.held_out, few.held_out)
     assert many.sha256 != few.sha256
+
+
+def test_a_long_file_makes_up_for_short_ones(tmp_path):
+    paths = [tmp_path / name for name in ("a.txt", "b.txt", "c.txt")]
+    for path, size in zip(paths, (20, 20, 40_000), strict=True):
+        path.write_text("v" * 8192 + path.stem * size)
+    text = text_of(paths, tokens=160 * 16)
+    assert text.training.shape == (160, 16)

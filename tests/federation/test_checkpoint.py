@@ -191,6 +191,13 @@ def test_an_export_to_a_folder_is_the_same_model(run):
     assert torch.equal(*logits)
 
 
+def test_an_export_of_a_run_is_of_its_checkpoint_whatever_lies_beside(run):
+    (run / "run" / "model.safetensors").write_bytes(b"an older export")
+    assert main(["export", str(run / "run"), str(run / "newest.safetensors")]) == 0
+    assert load_model(run / "newest.safetensors")
+    (run / "run" / "model.safetensors").unlink()
+
+
 def test_an_export_of_nothing_ends_in_one_sentence(run, capsys):
     assert main(["export", str(run / "absent"), str(run / "out")]) == 2
     assert "absent does not exist: expected a run folder or a model" in capsys.readouterr().err

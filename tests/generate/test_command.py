@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from generation_models import tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from fomoe.errors import UserError
 from fomoe.generate import Generation, Sampling, generate
@@ -72,6 +72,37 @@ def test_words_of_the_tokenizer_beside_the_model_and_its_end(word_model):
     assert set(written_text.split()) <= {*WORDS} - {"end"}
 
 
+@pytest.mark.parametrize("prompt", ["a 🦙", "é🦙🦙🦙"])
+def test_characters_made_of_tokens_for_bytes_come_whole(prompt, tmp_path):
+    tokens = {"▁": 0, "a": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(tokens, [], byte_fallback=True, unk_token="▁"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    text = text_of(tmp_path, None, vocab_size=258)
+    written_text = "🦙🦙🦙🦙 a漢漢éé漢a"
+    decoding = text.decoding(text.encode(prompt))
+    pieces = [decoding.push(token) for token in text.encode(written_text)]
+    assert "".join(pieces) + decoding.end() == written_text
+
+
+def test_a_separator_that_is_a_special_token_ends_a_text(tmp_path):
+    tokenizer = Tokenizer.from_buffer(word_tokenizer()["tokenizer.json"])
+    tokenizer.add_special_tokens(["<|end|>"])
+    (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
+    assert text_of(tmp_path, None, 7, separator="<|end|>").stop_tokens == {6}
+    assert text_of(tmp_path, None, 7, separator="mat").stop_tokens == frozenset()
+
+
+def test_capacity_of_training_does_not_make_texts_depend_on_each_other(tmp_path):
+    save_model(tiny_model(vocab_size=256, capacity_factor=0.5), tmp_path)
+    alone, _ = written(tmp_path, ["abc"])
+    together, _ = written(tmp_path, ["abc"] * 5 + ["a longer one"])
+    assert together.count(alone) == 5
+
+
 def test_a_character_comes_when_all_its_bytes_have():
     decoding = text_of.__globals__["_Bytes"]().decoding()
     assert [decoding.push(byte) for byte in "é!".encode()] == ["", "é", "!"]
@@ -108,6 +139,8 @@ def another_family(folder):
         (["a", ""], {}, "prompt 2 is empty: expected at least one token"),
         (["a"], {"cuda_graph": True}, "--cuda-graph: expected a model on one GPU"),
         (["a"], {"device": "gpu"}, "--device: expected cpu, cuda or cuda:NUMBER, got 'gpu'"),
+        (["a"], {"device": "meta"}, "--device: expected cpu, cuda or cuda:NUMBER, got 'meta'"),
+        (["a"], {"device": "cuda:99"}, "--device"),
     ],
 )  # fmt: skip
 def test_requests_that_do_not_fit_are_refused(prompts, settings, message, byte_model):

@@ -168,6 +168,45 @@ def test_tokenizer_and_generation_settings_come_along(tmp_path):
     assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == b"{}"
 
 
+def test_generation_settings_that_transformers_would_not_write_are_copied(tmp_path):
+    stored = json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 7}).encode()
+    export_huggingface(decoder(), tmp_path / "hf", {"generation_config.json": stored})
+    assert (tmp_path / "hf" / "generation_config.json").read_bytes() == stored
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert read.generation_config.eos_token_id == 7
+
+
+def test_positions_are_those_of_the_mask_or_refused(exported):
+    _, read = exported
+    places = torch.arange(12).expand(2, 12)
+    expected = read(TOKENS).logits
+    assert torch.equal(read(TOKENS, position_ids=places).logits, expected)
+    mask = torch.ones_like(TOKENS)
+    mask[0, :3] = 0
+    read(TOKENS, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).masked_fill(mask == 0, 1))
+    with pytest.raises(ValueError, match=r"position_ids: .* packed sequences"):
+        read(TOKENS, position_ids=places % 6)
+    with pytest.raises(ValueError, match="position_ids: "):
+        read(TOKENS, attention_mask=mask, position_ids=places)
+
+
+def test_what_the_model_cannot_do_is_refused(exported):
+    _, read = exported
+    with pytest.raises(ValueError, match="output_hidden_states"):
+        read(TOKENS, output_hidden_states=True)
+    with pytest.raises(ValueError, match="expected a DynamicCache, got StaticCache"):
+        read.generate(TOKENS, max_new_tokens=2, cache_implementation="static", pad_token_id=0)
+
+
+def test_a_cache_is_left_out_where_layers_run_twice(exported):
+    _, read = exported
+    read.train()
+    read.activation_checkpointing_enable()
+    output = read(TOKENS, labels=TOKENS, use_cache=True)
+    output.loss.backward()
+    assert output.past_key_values is None
+
+
 def test_a_folder_that_exists_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="exists: expected the name of a folder to make"):
         export_huggingface(decoder(), tmp_path, {})

@@ -58,6 +58,7 @@ def convert(
 
     from fomoe.convert.convert import convert as run
     from fomoe.convert.settings import Conversion
+    from fomoe.devices import usable_device
 
     conversion = Conversion(
         method=method,
@@ -71,14 +72,13 @@ def convert(
         distill_steps=distill_steps,
         fine_tune_steps=fine_tune_steps,
     )
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with _Screen() as screen:
         qualities = run(
             source,
             out,
             conversion,
             data=data or (),
-            device=_device(chosen),
+            device=usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu")),
             dtype=_dtype(dtype),
             resume=resume,
             observer=screen.observer(),
@@ -162,26 +162,13 @@ def _layers(text: str) -> tuple[int, ...] | None:
     for part in text.split(","):
         first, _, last = part.partition("-")
         try:
-            layers.update(range(int(first), int(last or first) + 1))
+            span = range(int(first), int(last or first) + 1)
         except ValueError:
-            raise UserError(f"--layers: expected numbers like 0-5,8, got {text!r}") from None
+            span = range(0)
+        if not span:
+            raise UserError(f"--layers: expected numbers like 0-5,8, got {text!r}")
+        layers.update(span)
     return tuple(sorted(layers))
-
-
-def _device(name: str) -> "torch.device":
-    import torch
-
-    from fomoe.errors import UserError
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: expected cpu or cuda, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected cpu or cuda, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: this torch finds no CUDA device")
-    return device
 
 
 def _dtype(name: str) -> "torch.dtype | None":

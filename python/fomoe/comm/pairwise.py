@@ -40,6 +40,11 @@ def all_to_all(
     if dist.get_backend(group) != "gloo":
         dist.all_to_all_single(inbox, outbox, receive, send, group=group)
         return
+    if outbox.device.type != "cpu":  # gloo sends and receives in host memory alone
+        arrived = inbox.cpu()
+        all_to_all(arrived, outbox.cpu(), receive, send, group)
+        inbox.copy_(arrived)
+        return
     me = dist.get_rank(group)
     inboxes, outboxes = torch.split(inbox, receive), torch.split(outbox, send)
     # From the next rank on, so that not all begin with the same one.

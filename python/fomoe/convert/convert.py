@@ -24,7 +24,7 @@ from fomoe.convert.text import CalibrationText, calibration_text
 from fomoe.convert.work_folder import WorkFolder
 from fomoe.data.tokenization import Tokenization, tokenization
 from fomoe.errors import UserError
-from fomoe.files import write_text
+from fomoe.files import cannot, sync_folder, write_text
 from fomoe.models import Decoder, DecoderConfig, FeedForward, parameter_count, save_model
 from fomoe.models.pretrained import load_dense
 from fomoe.units import human_bytes, human_count
@@ -81,7 +81,12 @@ def convert(
     observer.plan(_plan(config, conversion, dense.config, memory))
     work = WorkFolder(
         out,
-        {"source": str(source.resolve()), "text": text.sha256, **asdict(conversion)},
+        {
+            "source": str(source.resolve()),
+            "text": text.sha256,
+            "dtype": str(dense.embedding.weight.dtype),
+            **asdict(conversion),
+        },
         resume=resume,
     )
     dense.to(device).requires_grad_(False)
@@ -89,14 +94,28 @@ def convert(
     model = _finish(dense, config, results, text, conversion, observer)
     report = {
         "source": source.name,
+        "dtype": str(dense.embedding.weight.dtype),
         "settings": asdict(conversion),
         "text_sha256": text.sha256,
         "layers": {layer: asdict(quality) for layer, quality in qualities.items()},
     }
-    save_model(model, out, tokenizer)
-    write_text(out / "conversion.json", json.dumps(report, indent=1) + "\n")
+    _write(model, out, tokenizer, json.dumps(report, indent=1) + "\n")
     work.remove()
     return qualities
+
+
+def _write(model: Decoder, out: Path, tokenizer: Mapping[str, bytes], report: str) -> None:
+    """The folder ``out``, which appears when it is whole: until then the work can be resumed."""
+    partial = out.with_name(f".{out.name}.incomplete")
+    with cannot(f"write {out}"):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            save_model(model, partial, tokenizer)
+            write_text(partial / "conversion.json", report)
+            partial.rename(out)
+            sync_folder(out.absolute().parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def align_layers(

@@ -34,6 +34,7 @@ from fomoe.convert.schedule import (
 )
 from fomoe.convert.settings import Conversion
 from fomoe.convert.sinkhorn import sinkhorn
+from fomoe.errors import UserError
 from fomoe.models import Decoder, FeedForward
 
 KL_WEIGHT = 2.0
@@ -203,14 +204,18 @@ def distill(
 def fine_tune(
     model: Decoder, dense: Decoder, tokens_NS: Tensor, conversion: Conversion, report: Report
 ) -> Decoder:
-    """A copy of ``model`` with all weights but the routers' trained: unit gates give them none."""
-    model = deepcopy(model)
+    """A copy of ``model`` with all weights but the routers' trained: unit gates give them none.
+
+    They are trained in float32 at least: updates are lost in 16 bits.
+    """
+    dtype = model.embedding.weight.dtype
+    model = deepcopy(model).to(torch.promote_types(dtype, torch.float32))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".router." not in name)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": trained, "lr": FINE_TUNE_RATE}]
     _train(model, dense, groups, tokens_NS, conversion, conversion.fine_tune_steps, report)
-    return model.requires_grad_().eval()
+    return model.requires_grad_().to(dtype).eval()
 
 
 def _masked(
@@ -253,6 +258,8 @@ def _train(
         batch_BS = batch_BS.to(device)
         kl, cross_entropy = _divergence(student, dense, batch_BS)
         loss = KL_WEIGHT * kl + cross_entropy
+        if not bool(loss.isfinite()):
+            raise UserError(f"step {step} after alignment has a loss of {float(loss.detach()):g}; stopped")
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)

@@ -54,16 +54,16 @@ def memory_estimate(config: DecoderConfig, conversion: Conversion, element_size:
         stream=element_size * tokens * dim,
         layer=_FLOAT * (tokens * (3 * dim + width) + matrices + _BATCH_COPIES * batch * width),
         assignment=_FLOAT * assignment,
-        end_to_end=_end_to_end(config, conversion, element_size),
+        end_to_end=_end_to_end(config, conversion),
     )
 
 
-def _end_to_end(config: DecoderConfig, conversion: Conversion, element_size: int) -> int:
-    """Weights' gradients and two float32 moments; activations of one batch."""
+def _end_to_end(config: DecoderConfig, conversion: Conversion) -> int:
+    """Weights in float32, their gradients and two moments; activations of one batch."""
     if not conversion.distill_steps and not conversion.fine_tune_steps:
         return 0
     total = parameter_count(config).total
     tokens = max(conversion.batch_size, conversion.sequence_length)
     activations = config.num_layers * (12 * config.dim + 4 * config.dense_dim)
     logits = _LOGIT_COPIES * config.vocab_size
-    return total * (element_size + 2 * _FLOAT) + tokens * _FLOAT * (activations + logits)
+    return _FLOAT * (4 * total + tokens * (activations + logits))

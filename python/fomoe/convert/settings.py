@@ -12,6 +12,9 @@ from fomoe.ops.topk_gate import MAX_EXPERTS
 __all__ = ["Conversion", "ExpertShape", "converted_config", "expert_shape"]
 
 
+_MOST_SEED = 2**32  # every layer has its own, a product that int64 holds
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Conversion:
     """Settings of a conversion; those that change the result."""
@@ -49,6 +52,8 @@ class Conversion:
             require_integers(self, ("seed", "distill_steps", "fine_tune_steps"), at_least=0)
         except ValueError as error:
             raise UserError(f"--{str(error).replace('_', '-')}") from None
+        if self.seed > _MOST_SEED:
+            raise UserError(f"--seed: expected at most {_MOST_SEED}, got {self.seed}")
 
 
 @dataclass(frozen=True)

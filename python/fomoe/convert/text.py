@@ -65,21 +65,31 @@ def _sequences(
 ) -> Tensor:
     num_sequences = -(-count // length)
     each = -(-num_sequences // len(texts))
-    by_domain = [
-        _cut(tokenization.encode(_beginning(text, each * length)), length) for text in texts
-    ]
-    turns = [
-        sequences[turn]
-        for turn in range(max(map(len, by_domain)))
-        for sequences in by_domain
-        if turn < len(sequences)
-    ]
+    turns = _turns(texts, tokenization, each, length)
+    while len(turns) < num_sequences and each * length * _BYTES_OF_TOKEN < max(map(len, texts)):
+        each *= 2  # long domains make up for short ones
+        turns = _turns(texts, tokenization, each, length)
     if len(turns) < num_sequences:
         raise UserError(
             f"{what}: expected at most {len(turns) * length}, what the text has in sequences of "
             f"{length} tokens, got {count}; name more text with --data"
         )
     return torch.stack(turns[:num_sequences])
+
+
+def _turns(
+    texts: Sequence[bytes], tokenization: Tokenization, each: int, length: int
+) -> list[Tensor]:
+    """About so many sequences of each text, in turns."""
+    by_domain = [
+        _cut(tokenization.encode(_beginning(text, each * length)), length) for text in texts
+    ]
+    return [
+        sequences[turn]
+        for turn in range(max(map(len, by_domain)))
+        for sequences in by_domain
+        if turn < len(sequences)
+    ]
 
 
 def _beginning(text: bytes, tokens: int) -> str:

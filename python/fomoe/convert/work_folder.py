@@ -42,6 +42,8 @@ class WorkFolder:
                 f"{self.path} holds an unfinished conversion: go on with --resume, or remove it"
             )
         with cannot(f"write {self.path}"):
+            if self.path.exists():  # layers without their settings are of no use
+                shutil.rmtree(self.path)
             make_folder(self.path)
             write_text(file, json.dumps(settings, indent=1))
 
@@ -71,7 +73,8 @@ class WorkFolder:
         """A layer that was stored, on the CPU; None if there is none."""
         if not self._layer(layer).exists():
             return None
-        with safe_open(self._layer(layer), framework="pt") as file:
+        path = self._layer(layer)
+        with cannot(f"read {path}"), safe_open(path, framework="pt") as file:
             names = set(file.keys())
             values = json.loads(file.metadata()["quality"])
             router = None

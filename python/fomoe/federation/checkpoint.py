@@ -40,6 +40,7 @@ __all__ = [
     "commit",
     "find_checkpoint",
     "fresh_incomplete_folder",
+    "holds_checkpoints",
     "incomplete_folder",
     "is_round_folder",
     "read_shards",
@@ -215,6 +216,11 @@ def find_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
+def holds_checkpoints(path: Path) -> bool:
+    """Whether this is a checkpoint, or the folder of a run."""
+    return (path / "checkpoints").is_dir() or (path / "manifest.json").is_file()
+
+
 def _checkpoints(run: Path) -> list[Path]:
     """The whole checkpoints of a run, by completed rounds."""
     found = [
@@ -250,9 +256,11 @@ class Checkpoint:
         self.manifest: dict[str, Any] = manifest.model_dump()
         self.files = manifest.files
 
-    def verify(self) -> None:
-        """Compare every file with the manifest's SHA-256."""
+    def verify(self, kind: str | None = None) -> None:
+        """Compare every file, or those of one kind, with the manifest's SHA-256."""
         for record in self.files:
+            if kind not in (None, record.kind):
+                continue
             path = self.folder / record.name
             try:
                 digest = _sha256(path)

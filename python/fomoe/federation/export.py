@@ -2,13 +2,14 @@
 """The model that a run's sites have trained in one piece, for fomoe or for transformers."""
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from fomoe.errors import UserError
-from fomoe.federation.checkpoint import Checkpoint, find_checkpoint, read_shards
+from fomoe.federation.checkpoint import Checkpoint, find_checkpoint, holds_checkpoints, read_shards
 from fomoe.files import cannot
 from fomoe.models import (
     Decoder,
@@ -22,7 +23,7 @@ from fomoe.models import (
 from fomoe.models.files import MODEL_FILE
 from fomoe.nn import named_tensors
 
-__all__ = ["assemble", "export"]
+__all__ = ["assemble", "export", "tokenizer_of"]
 
 
 def export(
@@ -54,7 +55,7 @@ def export(
     if not source.exists():
         raise UserError(f"{source} does not exist: expected a run folder or a model")
     is_run = source.is_dir() and not (source / MODEL_FILE).exists()
-    if is_run:
+    if is_run or holds_checkpoints(source):
         model, tokenizer = assemble(source)
     else:
         model, tokenizer = load_model(source), read_tokenizer_files(source)
@@ -98,15 +99,30 @@ def assemble(run: Path) -> tuple[LanguageModel, dict[str, bytes]]:
     if missing:
         first = min(missing)
         raise UserError(f"{checkpoint.folder} lacks {len(missing)} tensors, first: {first}")
-    return model.eval(), _tokenizer(checkpoint.manifest["config"])
+    return model.eval(), _tokenizer_files(checkpoint.manifest["config"])
 
 
-def _tokenizer(settings: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+def tokenizer_of(settings: dict[str, dict[str, Any]]) -> Path | None:
+    """A run's tokenizer.json: of ``model.checkpoint``, else ``data.tokenizer``; may be gone."""
     start = settings["model"].get("checkpoint")
-    if start is not None and (files := read_tokenizer_files(start)):
-        return files
-    path = Path(settings["data"]["tokenizer"])
-    if not path.is_file():
+    if start is not None and (Path(start) / "tokenizer.json").is_file():
+        return Path(start) / "tokenizer.json"
+    path = settings["data"]["tokenizer"]
+    return Path(path) if path else None
+
+
+def _tokenizer_files(settings: dict[str, dict[str, Any]]) -> dict[str, bytes]:
+    path = tokenizer_of(settings)
+    if path is None or not path.is_file():
         return {}
+    if path != Path(settings["data"]["tokenizer"]):
+        return read_tokenizer_files(path.parent)
     with cannot(f"read data.tokenizer {path}"):
-        return {"tokenizer.json": path.read_bytes()}
+        content = path.read_bytes()
+    files = {"tokenizer.json": content}
+    # What ends a document in training ends a text.
+    separator = settings["data"]["separator"]
+    added = json.loads(content).get("added_tokens", [])
+    if any(token.get("content") == separator for token in added):
+        files["tokenizer_config.json"] = json.dumps({"eos_token": separator}).encode()
+    return files

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `fomoe generate` does."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import TextIO
 
 import torch
 
+from fomoe.devices import usable_device
 from fomoe.errors import UserError
 from fomoe.generate.decode_graph import Capture, Model, cuda_graphs
 from fomoe.generate.loop import Generation, stream
@@ -46,7 +46,7 @@ def run(request: Request, out: TextIO = sys.stdout, report: TextIO = sys.stderr)
     UserError
         Before any weight is read: what does not fit.
     """
-    device = _device(request.device)
+    device = usable_device(request.device)
     if request.cuda_graph and (device.type != "cuda" or is_one_of_many()):
         raise UserError("--cuda-graph: expected a model on one GPU, with --device cuda")
     with ranks_of_this_run(device) as ranks:
@@ -56,7 +56,10 @@ def run(request: Request, out: TextIO = sys.stdout, report: TextIO = sys.stderr)
 def _run(request: Request, device: torch.device, ranks: Ranks, out: TextIO, report: TextIO) -> None:
     opening = Opening.of(request.checkpoint)
     text = text_of(
-        opening.folder, request.tokenizer or opening.tokenizer, opening.config.vocab_size
+        opening.folder,
+        request.tokenizer or opening.tokenizer,
+        opening.config.vocab_size,
+        opening.separator,
     )
     prompts = _encoded(request, text, opening.config.context_length)
     dtype = None if request.dtype is None else getattr(torch, request.dtype)
@@ -86,21 +89,6 @@ def _encoded(request: Request, text: Text, context_length: int) -> list[list[int
                 f"{context_length}"
             )
     return prompts
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device: expected cpu, cuda or cuda:NUMBER, got {name!r}") from None
-    if device.type != "cuda":
-        return device
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this torch finds no GPU")
-    if device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
 
 
 class _Writing:

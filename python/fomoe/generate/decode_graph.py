@@ -98,7 +98,7 @@ def cuda_graphs(device: torch.device) -> Capture:
             for _ in range(_WARM_UP):
                 step()
         torch.cuda.current_stream(device).wait_stream(stream)
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=stream):
             logits_BV = step()
 
         def replay() -> Tensor:

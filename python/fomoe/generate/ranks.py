@@ -10,6 +10,7 @@ is on one rank.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -94,6 +95,13 @@ class _Alone:
         return list(texts)
 
 
+def _ranks_of_machines() -> list[int]:
+    """How many ranks each machine has: torchrun numbers them machine by machine."""
+    machines: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(machines, int(os.environ.get("GROUP_RANK", "0")))
+    return [len(list(ranks)) for _, ranks in groupby(machines)]
+
+
 class _Torchrun:
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -106,8 +114,7 @@ class _Torchrun:
 
     def share_out(self, config: LanguageModelConfig) -> None:
         backend: Any = "nccl" if self.device.type == "cuda" else "gloo"
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        machines = [here] * (self.size // here) if self.size % here == 0 else [self.size]
+        machines = _ranks_of_machines()
         if isinstance(config, FoEConfig):
             try:
                 self._groups = GroupRanks(config, machines, backend)

@@ -14,6 +14,9 @@ from fomoe.nn.validation import require_integers, require_numbers
 __all__ = ["Sampler", "Sampling"]
 
 
+_MOST_SEED = 2**62  # with the number of a sequence added, within int64
+
+
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Sampling:
     """How tokens are chosen; raises ValueError naming the field that does not fit.
@@ -32,6 +35,8 @@ class Sampling:
         require_numbers(self, ("temperature",))
         require_numbers(self, ("top_p",), above=0)
         require_integers(self, ("seed",), at_least=0)
+        if self.seed >= _MOST_SEED:
+            raise ValueError(f"seed: expected less than 2**62, got {self.seed}")
         if self.top_p > 1:
             raise ValueError(f"top_p: expected at most 1, got {self.top_p}")
 
@@ -70,9 +75,8 @@ class Sampler:
             return chosen
         # On the CPU, and by the inverse of the distribution function: a seed means the same
         # tokens on every device.
-        p_BV = (
-            ((logits_BV - best_B[:, None]) / self.sampling.temperature).softmax(-1).cpu().double()
-        )
+        logits_BV = (logits_BV - best_B[:, None]).cpu().double()
+        p_BV = (logits_BV / self.sampling.temperature).softmax(-1)
         p_BV, token_BV = p_BV.sort(dim=-1, descending=True, stable=True)
         before_BV = p_BV.cumsum(-1) - p_BV
         p_BV[before_BV >= self.sampling.top_p] = 0

@@ -2,6 +2,7 @@
 """Between text and tokens: a `tokenizer.json`, or UTF-8 bytes for a vocabulary of 256."""
 
 import codecs
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,10 +40,11 @@ class Text(Protocol):
         ...
 
 
-def text_of(folder: Path, tokenizer: Path | None, vocab_size: int) -> Text:
+def text_of(folder: Path, tokenizer: Path | None, vocab_size: int, separator: str = "") -> Text:
     """The vocabulary of a model: of the ``tokenizer`` given, or of ``tokenizer.json`` beside it.
 
-    Bytes, where there is none and the model has 256 tokens.
+    Bytes, where there is none and the model has 256 tokens. A special token ``separator`` ends a
+    text as well.
 
     Raises
     ------
@@ -57,7 +59,7 @@ def text_of(folder: Path, tokenizer: Path | None, vocab_size: int) -> Text:
             f"{folder} has no tokenizer.json, and the model's {vocab_size} tokens are not bytes: "
             "give --tokenizer"
         )
-    text = _File(path)
+    text = _File(path, separator)
     if text.vocab_size > vocab_size:
         raise UserError(
             f"{path} has {text.vocab_size} tokens, but the model {vocab_size}: "
@@ -91,7 +93,7 @@ class _BytesDecoding:
 class _File:
     """A file of the library tokenizers, and what ``tokenizer_config.json`` says of its end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, separator: str) -> None:
         try:
             from tokenizers import Tokenizer
         except ImportError:
@@ -107,7 +109,10 @@ class _File:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.vocab_size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
-        self.stop_tokens = frozenset(self._end_tokens(path.parent))
+        ends = self._end_tokens(path.parent)
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        ends += [number for number, token in added if token.content == separator]
+        self.stop_tokens = frozenset(ends)
 
     def _end_tokens(self, folder: Path) -> list[int]:
         names, ids = [], []
@@ -135,21 +140,26 @@ class _File:
 
 
 class _FileDecoding:
-    """Decodes the last few tokens anew each time: a token's text depends on those before it."""
+    """Decodes the last few tokens anew each time: a token's text depends on those before it.
+
+    What is decoded begins with a whole character: a tokenizer that falls back to bytes makes
+    nothing but replacements of a row of bytes of which one is missing.
+    """
 
     _CONTEXT = 6
 
     def __init__(self, file: _File, before: Sequence[int]) -> None:
         self._file = file
-        self._said = list(before)[-self._CONTEXT :]
         self._pending: list[int] = []
+        self._said = [self._whole_characters(before)]
+        """Tokens that make whole characters each, the last few."""
 
     def push(self, token: int) -> str:
         self._pending.append(token)
         text = self._added()
         if text.endswith(_REPLACEMENT):
             return ""
-        self._said = (self._said + self._pending)[-self._CONTEXT :]
+        self._said = [*self._said, self._pending][-self._CONTEXT :]
         self._pending = []
         return text
 
@@ -157,5 +167,13 @@ class _FileDecoding:
         return self._added() if self._pending else ""
 
     def _added(self) -> str:
-        before = self._file.decode(self._said)
-        return self._file.decode(self._said + self._pending)[len(before) :]
+        said = list(itertools.chain.from_iterable(self._said))
+        return self._file.decode(said + self._pending)[len(self._file.decode(said)) :]
+
+    def _whole_characters(self, tokens: Sequence[int]) -> list[int]:
+        """The last few tokens, and those before that the first character begins with."""
+        for more in range(4):  # no character has more than four bytes
+            few = list(tokens[-self._CONTEXT - more :])
+            if _REPLACEMENT not in self._file.decode(few):
+                return few
+        return list(tokens[-self._CONTEXT :])

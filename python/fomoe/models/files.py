@@ -75,13 +75,10 @@ def save_model(
         raise UserError(f"cannot write {path}: a tokenizer needs a folder to be in")
     file = model_file(path)
     header = model_header(model.config)
-    try:
-        with cannot(f"write {path}"):
-            for name, content in (tokenizer or {}).items():
-                write_whole(path / name, partial(Path.write_bytes, data=content))
-            write_whole(file, partial(save_file, tensors, metadata=header))
-    except SafetensorError as error:  # how it reports a full disk
-        raise UserError(f"cannot write {path}: {error}") from error
+    with cannot(f"write {path}"):
+        for name, content in (tokenizer or {}).items():
+            write_whole(path / name, partial(Path.write_bytes, data=content))
+        write_whole(file, partial(save_file, tensors, metadata=header))
 
 
 def load_model(

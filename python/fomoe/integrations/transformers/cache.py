@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import DynamicCache
 
 __all__ = ["PaddedStep"]
 
@@ -21,16 +21,23 @@ class PaddedStep:
     tokens_BS : Tensor, (B, S), int64
     mask_BL : Tensor, (B, L), optional
         0 for padding, on the left or on the right. None: there is none.
-    cache : Cache, optional
+    cache : DynamicCache, optional
         Keys and values of earlier calls, to which those of this one are added.
 
     Raises
     ------
     ValueError
-        The mask has another length than the tokens with those of the cache.
+        The mask has another length than the tokens with those of the cache, or the cache is of
+        another kind.
     """
 
-    def __init__(self, tokens_BS: Tensor, mask_BL: Tensor | None, cache: Cache | None) -> None:
+    def __init__(
+        self, tokens_BS: Tensor, mask_BL: Tensor | None, cache: DynamicCache | None
+    ) -> None:
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise ValueError(
+                f"past_key_values: expected a DynamicCache, got {type(cache).__name__}"
+            )
         batch_size, self.num_tokens = tokens_BS.shape
         self.cache = cache
         self.past = 0 if cache is None else int(cache.get_seq_length())

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing a decoder as a folder that transformers reads."""
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import GenerationConfig
 
 from fomoe.errors import UserError
 from fomoe.files import cannot, make_folder, sync_file, sync_folder
@@ -43,16 +41,16 @@ def export_huggingface(
     if folder.exists():
         raise UserError(f"{folder} exists: expected the name of a folder to make")
     theirs = glm4_moe(model) if architecture == "glm4-moe" else _wrapped(model)
-    stored = json.loads(tokenizer.get("generation_config.json", b"{}"))
-    theirs.generation_config = GenerationConfig.from_dict(stored)
     partial = folder.with_name(f".{folder.name}.incomplete")
     with cannot(f"write {folder}"):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             make_folder(partial)
+            theirs.save_pretrained(partial)
+            # Over the generation_config.json of defaults, and unread: many a published one is
+            # refused by save_pretrained.
             for name, content in tokenizer.items():
                 (partial / name).write_bytes(content)
-            theirs.save_pretrained(partial)
             for path in partial.iterdir():
                 sync_file(path)
             sync_folder(partial)

@@ -100,6 +100,7 @@ class FomoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         logits_to_keep: int = 0,
         use_cache: bool | None = None,
         past_key_values: Any = None,
+        position_ids: Tensor | None = None,
         return_dict: bool | None = None,
         **options: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
@@ -117,20 +118,31 @@ class FomoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             Of that many last positions; 0: of all.
         use_cache : bool, optional
             Begin a cache, if there is none.
-        past_key_values : transformers.Cache, optional
+        past_key_values : transformers.DynamicCache, optional
             Of the tokens before these.
+        position_ids : Tensor, (B, S), int64, optional
+            Accepted where they are those that the mask gives: sequences packed into one are not
+            told apart.
 
         Raises
         ------
         ValueError
-            The mask has another length.
+            The mask has another length, the positions or the cache are of another kind, or hidden
+            states or attentions are asked for.
         """
+        for name in ("output_hidden_states", "output_attentions"):
+            if options.pop(name, False):
+                raise ValueError(f"{name}: FomoeForCausalLM gives none")
         cache = past_key_values
+        if self.training and self.model.gradient_checkpointing:
+            cache, use_cache = None, False  # a layer that runs twice would extend it twice
         if cache is None and use_cache:
             cache = DynamicCache()
         step = None
         if cache is not None or (attention_mask is not None and not bool(attention_mask.all())):
             step = PaddedStep(input_ids, attention_mask, cache)
+        if position_ids is not None:
+            _require_positions(position_ids, input_ids, step)
         hidden = self.model.hidden(input_ids, step)
         logits = self.model.unembed(hidden[:, -logits_to_keep:])
         loss = None
@@ -161,6 +173,19 @@ class FomoeForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if isinstance(module, FeedForward | Experts | SharedExpert):
             for weight in (module.w1, module.w2):
                 initialization.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+
+def _require_positions(position_ids: Tensor, tokens_BS: Tensor, step: PaddedStep | None) -> None:
+    if step is None:
+        expected, is_token = torch.arange(tokens_BS.shape[1], device=tokens_BS.device), None
+    else:
+        expected, is_token = step.positions_BS, step.is_token_BL[:, step.past :]
+    differs = position_ids != expected
+    if bool((differs if is_token is None else differs & is_token).any()):
+        raise ValueError(
+            "position_ids: expected those of the attention mask, from 0 on in every row; packed "
+            "sequences are not told apart"
+        )
 
 
 AutoConfig.register(FomoeConfig.model_type, FomoeConfig)
