@@ -259,7 +259,9 @@ def _train(
         kl, cross_entropy = _divergence(student, dense, batch_BS)
         loss = KL_WEIGHT * kl + cross_entropy
         if not bool(loss.isfinite()):
-            raise UserError(f"step {step} after alignment has a loss of {float(loss.detach()):g}; stopped")
+            raise UserError(
+                f"step {step} after alignment has a loss of {float(loss.detach()):g}; stopped"
+            )
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
