@@ -33,7 +33,8 @@ stage() {
     over=1
     report+=("    over budget; its slowest tests:")
     while IFS= read -r line; do report+=("    $line"); done \
-      < <(grep -E '^ *[0-9.]+s (call|setup)|Passed +[0-9.]+ sec' "$log" | head -5)
+      < <(sed -nE -e 's/^ *([0-9.]+)s (call|setup) +/\1 s /p' \
+        -e 's/.*: ([A-Za-z0-9_]+) .*Passed +([0-9.]+) sec.*/\2 s \1/p' "$log" | sort -rn | sed 5q)
   fi
 }
 

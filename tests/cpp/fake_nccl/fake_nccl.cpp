@@ -18,10 +18,6 @@
 #include "comm/nccl/library.h"
 #include "fake_nccl/stream.h"
 
-#ifndef FAKE_NCCL_VERSION
-#define FAKE_NCCL_VERSION 22809
-#endif
-
 using fomoe::comm::nccl::Communicator;
 using fomoe::comm::nccl::Config;
 using fomoe::comm::nccl::kInProgress;
@@ -149,7 +145,7 @@ EXPORTED int fake_nccl_num_communicators() { return num_communicators; }
 EXPORTED int fake_nccl_num_aborted() { return num_aborted; }
 
 EXPORTED Result ncclGetVersion(int* version) {
-  *version = FAKE_NCCL_VERSION;
+  *version = 22809;
   return kSuccess;
 }
 
@@ -177,7 +173,6 @@ EXPORTED Result ncclCommInitRankConfig(Communicator* result, int size, UniqueId 
   return kInProgress;
 }
 
-#ifndef FAKE_NCCL_WITHOUT_SPLIT
 EXPORTED Result ncclCommSplit(Communicator parent, int color, int key, Communicator* result,
                               Config* config) {
   if (config->magic != 0xcafebeef || config->blocking != 0) return kInvalidArgument;
@@ -187,7 +182,6 @@ EXPORTED Result ncclCommSplit(Communicator parent, int color, int key, Communica
   parent->split_color = color;
   return kInProgress;
 }
-#endif
 
 EXPORTED Result ncclCommGetAsyncError(Communicator communicator, Result* state) {
   const std::lock_guard lock(mutex);
