@@ -154,15 +154,16 @@ def receive_first(rank: int, port: int, results: Any) -> None:
     dist.destroy_process_group()
 
 
-def lose_rank_2(rank: int, port: int, results: Any, how: str) -> None:
-    """Three ranks, one of which dies or stops between two exchanges; what the others say."""
+def lose_rank_2(rank: int, port: int, results: Any, how: str, before: str) -> None:
+    """Three ranks, one of which dies or stops before a call of the second exchange; what the
+    others say."""
     start(rank, 3, port)
     transport = C10dTransport(Topology([2, 1]), timeout=8.0)
     exchange = ExpertExchange(transport, [0, 1, 2])
     inputs = torch.ones(1, 4), torch.tensor([[0, 1, 2]], dtype=torch.int32), torch.ones(1, 3)
     exchange.dispatch(*inputs)
     if rank == 2:
-        os.kill(os.getpid(), getattr(signal, how))
+        setattr(transport, before, lambda *_: os.kill(os.getpid(), getattr(signal, how)))
     try:
         exchange.dispatch(*inputs)
     except RuntimeError as error:

@@ -87,10 +87,14 @@ def test_parts_arrive_as_by_torch_and_receives_are_posted_first():
         assert posted == ["receive"] * 2 + ["send"] * 2
 
 
+@pytest.mark.parametrize(
+    ("before", "what"),
+    [("gather_counts", "the counts"), ("all_to_all", "the inter_site stage")],
+)
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
-def test_a_lost_rank_ends_the_others_and_is_named(how):
-    sentences = dict(_results_of(exchange_ranks.lose_rank_2, 3, (how,), 2))
+def test_a_lost_rank_ends_the_others_and_is_named(how, before, what):
+    sentences = dict(_results_of(exchange_ranks.lose_rank_2, 3, (how, before), 2))
     assert sorted(sentences) == [0, 1]
     for sentence in sentences.values():
         assert sentence.startswith("CommunicationError: all-to-all: rank ")
-        assert "lost rank 2 in the counts" in sentence
+        assert f"lost rank 2 in {what}" in sentence
