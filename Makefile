@@ -3,7 +3,7 @@ PYTHON ?= python3
 
 .PHONY: demo test gpu-check gpu-wheels bench-federation bench-generation bench-wan clean
 
-# Set up, install, and train one model over four sites with three strategies.
+# Set up, install, and train one model over four sites with four strategies.
 demo:
 	tools/demo.sh
 

@@ -32,7 +32,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     output: Annotated[Path | None, typer.Option(help="File of JSON lines to write, anew.")] = None,
 ) -> None:
-    """Time the MoE layer against plain torch and Hugging Face's (pip install 'fomoe[hf]').
+    """Time the MoE layer against plain torch and Hugging Face's (extra hf).
 
     Without options it takes 8 to 12 minutes.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fomoe demo`: the three strategies side by side on this machine."""
+"""`fomoe demo`: the four strategies side by side on this machine."""
 
 from pathlib import Path
 from typing import Annotated

@@ -37,6 +37,7 @@ _DEALT_ANEW = {
         "codec",
         "ranks_per_site",
         "parallel",
+        "spread_experts",
     )
 }
 
